@@ -1,0 +1,1 @@
+"""Functional adapters for any JAX model, in the language of Hugging Face PEFT."""
