@@ -1,1 +1,15 @@
 """Functional adapters for any JAX model, in the language of Hugging Face PEFT."""
+
+from peftjax.adapt import adapt as adapt
+from peftjax.adapter import Adapter as Adapter
+from peftjax.adapter import init_adapter as init_adapter
+from peftjax.engine.trace import FallbackError as FallbackError
+from peftjax.frameworks import from_linen as from_linen
+from peftjax.frameworks import from_nnx as from_nnx
+from peftjax.merging import merge as merge
+from peftjax.merging import unmerge as unmerge
+from peftjax.methods import LoraConfig as LoraConfig
+from peftjax.sites import Site as Site
+from peftjax.sites import Sites as Sites
+from peftjax.sites import find_sites as find_sites
+from peftjax.targeting import NoMatchingModuleError as NoMatchingModuleError

@@ -2,10 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from peftjax.engine.run import mark, run
+from peftjax.engine.trace import Biased, Record, Seen, Trace, Used
+from peftjax.engine.views import Role
+from peftjax.trees import leaf_paths, split
 
 Kind = Literal["dense", "conv", "lookup"]
 
@@ -48,6 +56,7 @@ class Site:
       stack_axes: axes along which independent weights are stacked: scanned layers, experts,
         vmapped members. The first is the one that layer indices count.
       bias: dotted path of the bias added to the result, or None.
+      bias_stack_axes: the axes of the bias that are stacked, in the order of ``stack_axes``.
       groups: feature groups of a convolution.
       is_head: whether the result reaches an output of the function through views, its bias and
         scalar operations alone.
@@ -63,6 +72,7 @@ class Site:
     out_axes: tuple[int, ...]
     stack_axes: tuple[int, ...] = ()
     bias: str | None = None
+    bias_stack_axes: tuple[int, ...] = ()
     groups: int = 1
     is_head: bool = False
     layers: tuple[int, ...] | None = None
@@ -82,6 +92,14 @@ class Site:
         """Shape of the stack axes with only the selected layers counted."""
         full = tuple(self.shape[axis] for axis in self.stack_axes)
         return full if self.layers is None else (len(self.layers), *full[1:])
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The role of each axis."""
+        return tuple(
+            "in" if axis in self.in_axes else "out" if axis in self.out_axes else "stack"
+            for axis in range(len(self.shape))
+        )
 
     @property
     def in_size(self) -> int:
@@ -136,3 +154,120 @@ class Sites(Mapping[str, Site]):
 
     def __len__(self) -> int:
         return len(self.sites)
+
+
+def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
+    """Finds every weight that a function uses linearly, by tracing it.
+
+    Nothing is computed: the arguments may be ``jax.ShapeDtypeStruct``s. A weight counts if it has
+    two axes or more and meets a dot product, a convolution, a lookup or a ragged dot, directly or
+    after transposes, casts, reshapes and slices, anywhere inside jit, scan, while, cond, remat,
+    vmap, shard_map and functions with derivative rules of their own.
+
+    Args:
+      apply_fn: a pure function of a params tree and whatever else.
+      params: the params tree, of arrays or ShapeDtypeStructs.
+      *args: further arguments of ``apply_fn``; leaves that are no arrays are static.
+      **kwargs: likewise.
+
+    Returns:
+      The sites by module path; printing them gives a table.
+
+    Example:
+      >>> import jax.numpy as jnp, peftjax
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"] + params["dense"]["bias"]
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+      >>> sites = peftjax.find_sites(apply_fn, params, jnp.ones((2, 4)))
+      >>> sites["dense"].in_axes, sites["dense"].out_axes, sites["dense"].bias
+      ((0,), (1,), 'dense.bias')
+    """
+    arrays, static = split((params, args, kwargs))
+    leaves = leaf_paths(params)
+
+    def call(arrays: list[Any]) -> Any:
+        params, args, kwargs = static.fill(arrays)
+        return apply_fn(params, *args, **kwargs)
+
+    def trace(roles: Mapping[int, tuple[Role, ...] | None]) -> tuple[list[Record], set[int]]:
+        state = Trace(list(leaves))
+        heads: set[int] = set()
+
+        def marked(arrays: list[Any]) -> Any:
+            views = [mark(x, i, roles[i]) if i in roles else x for i, x in enumerate(arrays)]
+            out, found = run(state, call, arrays, views)
+            heads.update(found)
+            return out
+
+        jax.make_jaxpr(marked)(arrays)
+        return list(state.records.values()), heads
+
+    floats = [i for i, x in enumerate(leaves.values()) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    every = tuple(Leaf(path, tuple(x.shape), np.dtype(x.dtype)) for path, x in leaves.items())
+    # The first replay finds what each weight does, the second how each use will be adapted.
+    records, heads = trace(dict.fromkeys(floats))
+    found = {i: s for i in floats if (s := _site(i, every, records, i in heads)) is not None}
+    found = dict(zip(found, _named(list(found.values())), strict=True))
+    records, _ = trace({i: site.roles for i, site in found.items()})
+    uses = {site.name: _uses(i, records) for i, site in found.items()}
+    return Sites(tuple(found.values()), every, tuple(uses.items()))
+
+
+def _site(leaf: int, leaves: tuple[Leaf, ...], records: list[Record], is_head: bool) -> Site | None:
+    """The site that a leaf is, from the linear uses seen of it; a lookup says most."""
+    shape = leaves[leaf].shape
+    seen = [r for r in records if isinstance(r, Seen) and r.leaf == leaf]
+    clear = [r for r in seen if all(role for _, role in r.roles)]
+    if len(shape) < 2 or not clear:
+        return None
+    use = next((r for r in clear if r.kind == "lookup"), clear[0])
+    met = dict(use.roles)
+    # An axis that was sliced away on the way to the use is a stack of weights.
+    roles = [met.get(axis, "stack") for axis in range(len(shape))]
+    if "in" not in roles:
+        return None
+    axes = {
+        role: tuple(axis for axis, own in enumerate(roles) if own == role)
+        for role in ("in", "out", "stack")
+    }
+    site = Site(
+        name="",
+        path=leaves[leaf].path,
+        shape=shape,
+        dtype=leaves[leaf].dtype,
+        kind=use.kind,
+        in_axes=axes["in"],
+        out_axes=axes["out"],
+        stack_axes=axes["stack"],
+        groups=use.groups,
+        is_head=is_head,
+    )
+    biased = [r for r in records if isinstance(r, Biased) and r.leaf == leaf]
+    if len({r.bias for r in biased}) != 1:
+        return site
+    bias, kept = leaves[biased[0].bias], biased[0].kept
+    stacked = [axis for axis in range(len(bias.shape)) if axis not in kept]
+    missing = len(site.stack_axes) - len(stacked)
+    stacked += kept[: max(missing, 0)]
+    sizes = tuple(bias.shape[axis] for axis in (*stacked, *kept[max(missing, 0) :]))
+    if sizes != (*site.stack_shape, *site.out_shape):
+        return site
+    return dataclasses.replace(site, bias=bias.path, bias_stack_axes=tuple(stacked))
+
+
+def _named(sites: list[Site]) -> list[Site]:
+    """The sites under the names of their modules, where a module holds one weight alone."""
+    modules = Counter(site.path.rpartition(".")[0] for site in sites)
+    named = []
+    for site in sites:
+        module = site.path.rpartition(".")[0]
+        alone = module and modules[module] == 1
+        named.append(dataclasses.replace(site, name=module if alone else site.path))
+    return named
+
+
+def _uses(leaf: int, records: list[Record]) -> tuple[Use, ...]:
+    return tuple(
+        Use(r.primitive, r.transposed, r.fallback)
+        for r in records
+        if isinstance(r, Used) and r.leaf == leaf
+    )

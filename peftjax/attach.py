@@ -1,0 +1,83 @@
+"""Adapters put onto the leaves of a params tree: the common ground of running and merging."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from peftjax.adapter import Adapter, bias_shift, check_leaves, site_layer
+from peftjax.engine.run import mark
+from peftjax.engine.views import View
+from peftjax.trees import dotted, is_array
+
+
+def as_sequence(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:
+    """The adapters an argument stands for, in the order in which they are applied.
+
+    Raises:
+      TypeError: something in it is no Adapter.
+    """
+    adapters = () if adapter is None else adapter
+    adapters = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
+    for each in adapters:
+        if not isinstance(each, Adapter):
+            raise TypeError(
+                f"expected an Adapter, a sequence of Adapters or None, got {type(each).__name__}; "
+                f"to pass other trainable arrays use adapter.replace(params=...)"
+            )
+    return adapters
+
+
+def attach(
+    leaves: Mapping[str, jax.Array], adapters: Sequence[Adapter], undo: bool = False
+) -> tuple[dict[str, jax.Array], dict[str, View]]:
+    """Puts adapters onto the leaves of a params tree, in order.
+
+    With ``undo``, what they add to biases is subtracted.
+
+    Returns:
+      The leaves, where whole leaves and biases are replaced by those of the adapters; and, for
+      each adapted weight, the leaf with its layers.
+
+    Raises:
+      ValueError: an adapter belongs to other params.
+    """
+    for adapter in adapters:
+        check_leaves(leaves, adapter.sites, adapter.saved)
+    leaves = dict(leaves)
+    positions = {path: i for i, path in enumerate(leaves)}
+    views: dict[str, View] = {}
+    for adapter in adapters:
+        for leaf in adapter.saved:
+            own = adapter.params[leaf.module][leaf.leaf_name]
+            leaves[leaf.path] = own.astype(leaves[leaf.path].dtype)
+            views.pop(leaf.path, None)
+        for site in adapter.sites.values():
+            view = views.get(site.path)
+            if view is None:
+                view = mark(leaves[site.path], positions[site.path], site.roles)
+            elif view.roles != site.roles:
+                raise ValueError(
+                    f"{site.path}: two adapters disagree on its axes, {view.roles} and "
+                    f"{site.roles}; make both from one find_sites"
+                )
+            layer = site_layer(adapter, site)
+            views[site.path] = dataclasses.replace(view, layers=(*view.layers, layer))
+            shift = bias_shift(adapter, site)
+            if shift is not None:
+                leaves[site.bias] = _added(leaves[site.bias], -shift if undo else shift)
+    return leaves, views
+
+
+def _added(bias: jax.Array, shift: jax.Array) -> jax.Array:
+    total = bias.astype(jnp.promote_types(bias.dtype, shift.dtype)) + shift
+    return total.astype(bias.dtype)
+
+
+def refill(params: Any, leaves: Mapping[str, Any]) -> Any:
+    """A params tree with other arrays at its leaves; what is no array stays."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: leaves[dotted(keys)] if is_array(leaf) else leaf, params
+    )

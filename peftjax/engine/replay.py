@@ -1,0 +1,155 @@
+"""Runs a jaxpr again, with the factors of its marked weights applied at every linear use."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from peftjax.engine import compat, results
+from peftjax.engine.control import CONTROL
+from peftjax.engine.linear import apply, orient
+from peftjax.engine.rules import RULES, Rule
+from peftjax.engine.steps import STEPS, Equation
+from peftjax.engine.trace import Seen, Trace, Used, plain
+from peftjax.engine.views import Result, Role, View, fold_in
+
+
+def replay(
+    trace: Trace, jaxpr: compat.Jaxpr, consts: Sequence[Any], args: Sequence[Any]
+) -> list[Any]:
+    """Runs a jaxpr on values and marked weights; returns values, views and results."""
+    marked: dict[compat.Var, View | Result] = {}
+    values: dict[compat.Var, Any] = {}
+    waiting: list[compat.Eqn] = []
+
+    def write(var: compat.Var, value: Any) -> None:
+        if isinstance(value, View | Result):
+            marked[var] = value
+        else:
+            values[var] = value
+
+    def read(atom: Any) -> Any:
+        if isinstance(atom, compat.Literal):
+            return atom.val
+        return marked[atom] if atom in marked else values[atom]
+
+    def run_waiting() -> None:
+        """Runs, as one piece, the equations that no marked weight enters."""
+        if not waiting:
+            return
+        made = [v for eqn in waiting for v in eqn.outvars if not isinstance(v, compat.DropVar)]
+        known = set(made)
+        needed = {
+            v: None
+            for eqn in waiting
+            for v in eqn.invars
+            if not isinstance(v, compat.Literal) and v not in known
+        }
+        inputs = [values[v] for v in needed]
+        values.update(
+            zip(made, compat.evaluate_plain(jaxpr, waiting, needed, made, inputs), strict=True)
+        )
+        waiting.clear()
+
+    for var, value in zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True):
+        write(var, value)
+    for eqn in jaxpr.eqns:
+        if not any(not isinstance(v, compat.Literal) and v in marked for v in eqn.invars):
+            waiting.append(eqn)
+            continue
+        run_waiting()
+        with compat.equation_context(eqn):
+            outs = _equation(trace, eqn, [read(atom) for atom in eqn.invars])
+        for var, out in zip(eqn.outvars, outs, strict=True):
+            write(var, out)
+    run_waiting()
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _equation(trace: Trace, eqn: compat.Eqn, operands: list[Any]) -> Sequence[Any]:
+    """One equation that marks enter: nested, a step, a linear use, or none of these."""
+    name = eqn.primitive.name
+    reason = "no rule follows a weight through it"
+    if name in CONTROL:
+        outs = CONTROL[name](trace, eqn, operands, replay)
+        if not isinstance(outs, str):
+            return outs
+        reason = outs
+    positions = [i for i, operand in enumerate(operands) if isinstance(operand, View)]
+    if positions and name in STEPS:
+        stepped = _step(eqn, operands, positions[0])
+        if stepped is not None:
+            return stepped
+    if positions and name in RULES:
+        used = _use(trace, eqn, operands, positions)
+        if not isinstance(used, str):
+            return used
+        reason = used
+    inputs = [plain(trace, operand, eqn, reason) for operand in operands]
+    return results.follow(eqn, operands, compat.evaluate_one(eqn, inputs), trace)
+
+
+def _step(eqn: compat.Eqn, operands: list[Any], position: int) -> list[View] | None:
+    """The views after a step, where the primitive and its other operands allow one."""
+    others = [operand for i, operand in enumerate(operands) if i != position]
+    if any(isinstance(other, View) for other in others):
+        return None
+    others = [other.value if isinstance(other, Result) else other for other in others]
+
+    def rerun(array: jax.Array) -> jax.Array:
+        return compat.evaluate_one(eqn, [*others[:position], array, *others[position:]])[0]
+
+    made = STEPS[eqn.primitive.name](
+        operands[position], Equation(eqn.params, position, tuple(others), rerun)
+    )
+    return [made] if isinstance(made, View) else made
+
+
+def _use(
+    trace: Trace, eqn: compat.Eqn, operands: list[Any], positions: list[int]
+) -> list[Any] | str:
+    """The result of a linear use, or why the factors cannot be applied to it."""
+    rule = RULES[eqn.primitive.name]
+    position = positions[-1]
+    view = operands[position]
+    usage = rule.usage(eqn.params, position, view.base.shape)
+    if isinstance(usage, str):
+        return usage
+    if view.roles is None:
+        for position in positions:
+            usage = rule.usage(eqn.params, position, operands[position].base.shape)
+            if not isinstance(usage, str):
+                trace.note(eqn, _seen(operands[position], usage, rule, eqn))
+        inputs = [plain(trace, operand, eqn, "") for operand in operands]
+        return [Result(compat.evaluate_one(eqn, inputs)[0], view.leaf)]
+    oriented = orient(view, usage)
+    if isinstance(oriented, str):
+        return oriented
+    view, transposed = oriented
+    inputs = [
+        operand if i == position else plain(trace, operand, eqn, "both sides are adapted")
+        for i, operand in enumerate(operands)
+    ]
+    out = eqn.outvars[0].aval
+    plan = rule.linear(view, transposed, position, inputs, eqn.params, out)
+    if isinstance(plan, str):
+        return plan
+    use, x = plan
+    before = trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, ""))
+    return [apply(use, fold_in(view, before).layers, x).astype(out.dtype)]
+
+
+def _seen(view: View, usage: Sequence[Role], rule: Rule, eqn: compat.Eqn) -> Seen:
+    """A use in terms of the original axes of the weight."""
+    met: dict[int, set[Role]] = {}
+    for labels, role in zip(view.axes, usage, strict=True):
+        for label in labels:
+            met.setdefault(label, set()).add(role)
+
+    def role_of(roles: set[Role]) -> Role | None:
+        # A part of an axis that serves as a batch does not make the axis a stack.
+        rest = roles - {"stack"} or roles
+        return next(iter(rest)) if len(rest) == 1 else None
+
+    roles = tuple((label, role_of(roles)) for label, roles in sorted(met.items()))
+    return Seen(view.leaf, rule.kind, roles, rule.groups(eqn.params))

@@ -1,0 +1,43 @@
+"""One rule per primitive that can use a weight linearly."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from peftjax.engine.linear import Linear
+from peftjax.engine.rules import conv, dot, lookup, ragged
+from peftjax.engine.views import Role, View
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a primitive uses a weight.
+
+    Attributes:
+      kind: the kind of site that such a use makes of a weight.
+      usage: from the equation's parameters, the weight's position among the operands and its
+        shape: the role this use gives to each axis, or why it is no linear use.
+      linear: from the oriented view, whether it is used transposed, its position, the operands,
+        the parameters and the type of the result: the linear map, and the x it applies to; or why
+        the factors cannot be applied.
+      groups: the feature groups of the use, from the parameters.
+    """
+
+    kind: Literal["dense", "conv", "lookup"]
+    usage: Callable[[dict[str, Any], int, tuple[int, ...]], tuple[Role, ...] | str]
+    linear: Callable[
+        [View, bool, int, list[jax.Array], dict[str, Any], Any], tuple[Linear, Any] | str
+    ]
+    groups: Callable[[dict[str, Any]], int] = lambda params: 1
+
+
+RULES: dict[str, Rule] = {
+    "dot_general": Rule("dense", dot.usage, dot.linear),
+    "conv_general_dilated": Rule(
+        "conv", conv.usage, conv.linear, lambda params: params["feature_group_count"]
+    ),
+    "gather": Rule("lookup", lookup.usage, lookup.linear),
+    "ragged_dot_general": Rule("dense", ragged.usage, ragged.linear),
+}

@@ -1,0 +1,77 @@
+"""Convolutions: one to three dimensions, strided, dilated, grouped."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from peftjax.engine.linear import Linear, along, place
+from peftjax.engine.views import Role, View, layout
+
+
+def usage(params: dict[str, Any], position: int, shape: tuple[int, ...]) -> tuple[Role, ...] | str:
+    """The role a convolution gives to each axis of its kernel."""
+    if position == 0:
+        return "the weight is the image of a convolution, not its kernel"
+    if params["batch_group_count"] != 1:
+        return "the convolution groups its batch"
+    out_axis = params["dimension_numbers"].rhs_spec[0]
+    return tuple("out" if axis == out_axis else "in" for axis in range(len(shape)))
+
+
+def linear(
+    view: View,
+    transposed: bool,
+    position: int,
+    operands: list[jax.Array],
+    params: dict[str, Any],
+    out: Any,
+) -> tuple[Linear, jax.Array] | str:
+    """The weight as the kernel of a convolution."""
+    if transposed or view.dims("stack"):
+        return "a convolution applies one kernel, from its in-axes to its out-axis"
+    numbers = params["dimension_numbers"]
+    out_axis, in_axis, *spatial = numbers.rhs_spec
+    groups = params["feature_group_count"]
+    parts = layout(view)
+    channels = parts["in_scale"].index(in_axis)
+    for layer in view.layers:
+        scale = layer.factors.in_scale
+        if scale is not None and any(n != 1 for i, n in enumerate(scale.shape) if i != channels):
+            return "its in-scale differs between the taps of the kernel"
+
+    def base(x: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, view.base, **params)
+
+    def product(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+        # The first kernel keeps the taps and gives each group its own copy of the rank features;
+        # the second has one tap and, grouped alike, sees exactly those of its group.
+        first, second = place(first, parts["A"], view), place(second, parts["B"], view)
+        down = jnp.moveaxis(first.astype(x.dtype), -1, out_axis)
+        down = jnp.concatenate([down] * groups, axis=out_axis) if groups > 1 else down
+        inner = lax.conv_general_dilated(x, down, **params)
+        up = second.astype(x.dtype)
+        up = up.T if in_axis > out_axis else up
+        up = lax.expand_dims(up, sorted(spatial))
+        return lax.conv_general_dilated(
+            inner,
+            up,
+            window_strides=(1,) * len(spatial),
+            padding="VALID",
+            dimension_numbers=lax.ConvDimensionNumbers(
+                numbers.out_spec, numbers.rhs_spec, numbers.out_spec
+            ),
+            feature_group_count=groups,
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+            out_sharding=params["out_sharding"],
+        )
+
+    def scale_x(x: jax.Array, scale: jax.Array) -> jax.Array:
+        return x * along(jnp.tile(scale.ravel(), groups), [numbers.lhs_spec[1]], x)
+
+    def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
+        return y * along(scale, [numbers.out_spec[1]], y)
+
+    return Linear(base, product, scale_x, scale_y), operands[0]

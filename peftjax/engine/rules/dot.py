@@ -1,0 +1,102 @@
+"""Dot products: the weight on either side, of any number of axes, batched or not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from peftjax.engine import compat
+from peftjax.engine.linear import Linear, along, place
+from peftjax.engine.views import Role, View, layout
+from peftjax.factors import accumulation_dtype
+
+
+def usage(params: dict[str, Any], position: int, shape: tuple[int, ...]) -> tuple[Role, ...]:
+    """The role a dot product gives to each axis of the weight."""
+    contract, batch = params["dimension_numbers"]
+    return tuple(
+        "in" if axis in contract[position] else "stack" if axis in batch[position] else "out"
+        for axis in range(len(shape))
+    )
+
+
+def linear(
+    view: View,
+    transposed: bool,
+    position: int,
+    operands: list[jax.Array],
+    params: dict[str, Any],
+    out: Any,
+) -> tuple[Linear, jax.Array]:
+    """The weight as one side of a ``dot_general``."""
+    contract, batch = params["dimension_numbers"]
+    contract_w, contract_x = contract[position], contract[1 - position]
+    batch_w, batch_x = batch[position], batch[1 - position]
+    parts = layout(view)
+    first_dims, second_dims = (parts["B"], parts["A"]) if transposed else (parts["A"], parts["B"])
+    free_w = [axis for axis in range(view.base.ndim) if axis not in (*contract_w, *batch_w)]
+    out_spec = compat.explicit_spec(out)
+    n_batch = len(batch_w)
+
+    def multiply(x: jax.Array, w: jax.Array, numbers: Any, **kwargs: Any) -> jax.Array:
+        if position == 1:
+            return lax.dot_general(x, w, numbers, **kwargs)
+        (cx, cw), (bx, bw) = numbers
+        return lax.dot_general(w, x, ((cw, cx), (bw, bx)), **kwargs)
+
+    def base(x: jax.Array) -> jax.Array:
+        numbers = ((contract_x, contract_w), (batch_x, batch_w))
+        options = {key: value for key, value in params.items() if key != "dimension_numbers"}
+        return multiply(x, view.base, numbers, **options)
+
+    def product(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+        free_x = [axis for axis in range(x.ndim) if axis not in (*contract_x, *batch_x)]
+        spec = compat.explicit_spec(x)
+        inner_spec = spec and PartitionSpec(*[spec[a] for a in (*batch_x, *free_x)], None)
+        first = place(first, first_dims, view).astype(x.dtype)
+        second = place(second, second_dims, view).astype(x.dtype)
+        options = _product_options(params, x.dtype)
+        inner = lax.dot_general(
+            x,
+            first,
+            (
+                (contract_x, [first_dims.index(axis) for axis in contract_w]),
+                (batch_x, [first_dims.index(axis) for axis in batch_w]),
+            ),
+            out_sharding=inner_spec,
+            **options,
+        ).astype(x.dtype)
+        numbers = (
+            ([inner.ndim - 1], [second_dims.index(None)]),
+            (list(range(n_batch)), [second_dims.index(axis) for axis in batch_w]),
+        )
+        return multiply(inner, second, numbers, out_sharding=out_spec, **options)
+
+    def axis_of_y(axis: int, y_ndim: int) -> int:
+        if axis in batch_w:
+            return list(batch_w).index(axis)
+        start = n_batch if position == 0 else y_ndim - len(free_w)
+        return start + free_w.index(axis)
+
+    x_axis = dict(zip((*contract_w, *batch_w), (*contract_x, *batch_x), strict=True))
+    x_dims, y_dims = parts["in_scale"], parts["out_scale"]
+    if transposed:
+        x_dims, y_dims = y_dims, x_dims
+    use = Linear(
+        base,
+        product,
+        scale_x=lambda x, s: x * along(s, [x_axis[axis] for axis in x_dims], x),
+        scale_y=lambda y, s: y * along(s, [axis_of_y(axis, y.ndim) for axis in y_dims], y),
+        transposed=transposed,
+    )
+    return use, operands[1 - position]
+
+
+def _product_options(params: dict, dtype: jnp.dtype) -> dict[str, Any]:
+    """Precision as the model asks for it; accumulation in float32 at least."""
+    precision = params["precision"]
+    plain = precision is None or isinstance(precision, tuple | lax.Precision)
+    accumulate = accumulation_dtype(dtype) if plain else params["preferred_element_type"]
+    return {"precision": precision, "preferred_element_type": accumulate}

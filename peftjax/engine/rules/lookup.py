@@ -1,0 +1,116 @@
+"""Lookups: the weight as a table, each index taking one row."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from peftjax.engine.linear import Linear, along, place
+from peftjax.engine.views import Dims, Role, View, layout
+from peftjax.factors import accumulation_dtype
+
+
+def usage(params: dict[str, Any], position: int, shape: tuple[int, ...]) -> tuple[Role, ...] | str:
+    """The role a lookup gives to each axis of its table."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if position != 0:
+        return "the weight is an index"
+    roles: list[Role] = ["out"] * len(shape)
+    for axis in numbers.start_index_map:
+        roles[axis] = "in"
+    for axis in numbers.operand_batching_dims:
+        roles[axis] = "stack"
+    whole = all(sizes[a] == n for a, n in enumerate(shape) if roles[a] == "out")
+    if set(numbers.start_index_map) != set(numbers.collapsed_slice_dims) or not whole:
+        return "the lookup takes slices, not rows"
+    return tuple(roles)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The x of a lookup: which rows, and what scales them."""
+
+    indices: jax.Array
+    scale: jax.Array | None = None
+
+
+def linear(
+    view: View,
+    transposed: bool,
+    position: int,
+    operands: list[jax.Array],
+    params: dict[str, Any],
+    out: Any,
+) -> tuple[Linear, _Rows] | str:
+    """The weight as a table of rows."""
+    if transposed:
+        return "the lookup takes columns of this weight"
+    indices = operands[1]
+    numbers = params["dimension_numbers"]
+    batch_dims = indices.ndim - 1
+    parts = layout(view)
+    offset = list(numbers.offset_dims)
+    index_place = [p for p in range(batch_dims + len(offset)) if p not in offset]
+    stacked = list(numbers.start_indices_batching_dims)
+
+    def rows(table: jax.Array, dims: Dims, index: jax.Array) -> jax.Array:
+        """The rows of a factor: the index dims, then its rank if it has one."""
+        ranked = None in dims
+        return lax.gather(
+            table,
+            index,
+            lax.GatherDimensionNumbers(
+                offset_dims=(batch_dims,) if ranked else (),
+                collapsed_slice_dims=tuple(dims.index(a) for a in numbers.collapsed_slice_dims),
+                start_index_map=tuple(dims.index(a) for a in numbers.start_index_map),
+                operand_batching_dims=tuple(dims.index(a) for a in numbers.operand_batching_dims),
+                start_indices_batching_dims=numbers.start_indices_batching_dims,
+            ),
+            tuple(n if dim is None else 1 for n, dim in zip(table.shape, dims, strict=True)),
+            unique_indices=params["unique_indices"],
+            indices_are_sorted=params["indices_are_sorted"],
+            mode=params["mode"],
+            fill_value=params["fill_value"],
+        )
+
+    def in_order(y: jax.Array) -> jax.Array:
+        """From (stacked index dims, other index dims, out) to the order of the lookup."""
+        now = [*stacked, *(d for d in range(batch_dims) if d not in stacked)]
+        order = [0] * y.ndim
+        for i, dim in enumerate(now):
+            order[index_place[dim]] = i
+        for i, place_of_out in enumerate(offset):
+            order[place_of_out] = batch_dims + i
+        return jnp.transpose(y, order)
+
+    def base(x: _Rows) -> jax.Array:
+        y = lax.gather(view.base, x.indices, **params)
+        return y if x.scale is None else y * along(x.scale, index_place, y)
+
+    def product(x: _Rows, first: jax.Array, second: jax.Array) -> jax.Array:
+        first = place(first, parts["A"], view)
+        second = place(second, parts["B"], view)
+        inner = rows(first, parts["A"], x.indices)
+        if x.scale is not None:
+            inner = inner * x.scale[..., None].astype(inner.dtype)
+        stack = [parts["B"].index(axis) for axis in numbers.operand_batching_dims]
+        y = lax.dot_general(
+            inner,
+            second,
+            (([batch_dims], [parts["B"].index(None)]), (stacked, stack)),
+            preferred_element_type=accumulation_dtype(second.dtype),
+        )
+        return in_order(y)
+
+    def scale_x(x: _Rows, scale: jax.Array) -> _Rows:
+        dims = parts["in_scale"]
+        full = [view.base.shape[axis] for axis in dims]
+        picked = rows(jnp.broadcast_to(scale, full), dims, x.indices)
+        return _Rows(x.indices, picked if x.scale is None else picked * x.scale)
+
+    def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
+        return y * along(scale, [*(index_place[dim] for dim in stacked), *offset], y)
+
+    return Linear(base, product, scale_x, scale_y), _Rows(indices)

@@ -1,0 +1,126 @@
+"""The state of one replay, and what it notes about the leaves it marked."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from peftjax.engine.compat import Eqn
+from peftjax.engine.linear import merged
+from peftjax.engine.views import Result, Role, View
+
+
+class FallbackError(ValueError):
+    """A use of an adapted weight to which its factors cannot be applied."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """A linear use, found while roles are unknown.
+
+    Attributes:
+      leaf: the leaf used.
+      kind: the kind of use.
+      roles: the original axes that are still there, each with the role of the use; None where
+        parts of one axis are both summed over and kept.
+      groups: feature groups of a convolution.
+      fallback: why the factors could not be applied here; empty where they could.
+    """
+
+    leaf: int
+    kind: Literal["dense", "conv", "lookup"]
+    roles: tuple[tuple[int, Role | None], ...]
+    groups: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Used:
+    """A use of a weight whose roles are known; ``fallback`` says why it was materialised."""
+
+    leaf: int
+    primitive: str
+    transposed: bool
+    fallback: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Biased:
+    """A leaf added to the result of a use; ``kept`` are its axes that were not sliced away."""
+
+    leaf: int
+    bias: int
+    kept: tuple[int, ...]
+
+
+Record = Seen | Used | Biased
+
+
+@dataclasses.dataclass
+class Trace:
+    """The state of one replay.
+
+    Attributes:
+      names: what each marked leaf is called in messages.
+      strict: whether to raise rather than build a merged weight.
+      records: what was seen, by where it was seen: JAX may trace one loop body twice.
+      bodies: jitted functions replayed so far, by their jaxpr and what was marked.
+      calls: the number of each jitted call, by equation.
+    """
+
+    names: Sequence[str]
+    strict: bool = False
+    records: dict[tuple, Record] = dataclasses.field(default_factory=dict)
+    bodies: dict[tuple, tuple[Callable[..., list[Any]], "Trace"]] = dataclasses.field(
+        default_factory=dict
+    )
+    calls: dict[int, int] = dataclasses.field(default_factory=dict)
+
+    def note(self, eqn: Eqn | None, record: Record) -> int:
+        """Keeps a record; returns how many uses of the leaf were seen before this one."""
+        key = (id(eqn), type(record), record.leaf)
+        self.records[key] = record
+        same = [k for k, r in self.records.items() if (type(r), r.leaf) == key[1:]]
+        return same.index(key)
+
+    def count(self, eqn: Eqn) -> int:
+        """How many jitted calls were replayed before this one."""
+        return self.calls.setdefault(id(eqn), len(self.calls))
+
+    def inner(self, leaves: Sequence[int]) -> "Trace":
+        """The trace of a body that several calls share, in which leaves are numbered anew."""
+        return Trace([self.names[leaf] for leaf in leaves], self.strict, bodies=self.bodies)
+
+    def absorb(self, eqn: Eqn, inner: "Trace", leaves: Sequence[int]) -> None:
+        """Keeps the records of a shared body under the leaves of this call."""
+        for key, record in inner.records.items():
+            renamed = dataclasses.replace(record, leaf=leaves[record.leaf])
+            if isinstance(renamed, Biased):
+                renamed = dataclasses.replace(renamed, bias=leaves[renamed.bias])
+            self.records[(id(eqn), *key, renamed.leaf)] = renamed
+
+
+def plain(trace: Trace, value: Any, eqn: Eqn | None, reason: str) -> Any:
+    """The array behind a mark; for an adapted weight that is the merged weight.
+
+    ``eqn`` is the equation that needs it; None for an output of the function.
+    """
+    if isinstance(value, Result):
+        return value.value
+    if not isinstance(value, View):
+        return value
+    if value.roles is None:
+        return value.base
+    primitive = eqn.primitive.name if eqn else "return"
+    trace.note(eqn, Used(value.leaf, primitive, False, reason))
+    met = f"{trace.names[value.leaf]} meets {primitive} as {value.base.aval.str_short()}: {reason}."
+    if trace.strict:
+        raise FallbackError(
+            f"{met} Only the merged weight can go on from here, and on_fallback='error' forbids "
+            f"building it; on_fallback='materialize' allows it."
+        )
+    if value.drops:
+        raise FallbackError(
+            f"{met} Only the merged weight can go on from here, but dropout acts on the input of a "
+            f"weight and cannot be merged: set the dropout to 0, exclude this module, or call the "
+            f"adapter without a key."
+        )
+    return merged(value)

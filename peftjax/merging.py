@@ -1,0 +1,71 @@
+"""Adapters built into plain params, and taken out again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from peftjax.adapter import Adapter
+from peftjax.attach import as_sequence, attach, refill
+from peftjax.engine.linear import merged, unmerged
+from peftjax.trees import leaf_paths
+
+
+def merge(params: Any, adapter: Adapter | Sequence[Adapter] | None, *, safe: bool = False) -> Any:
+    r"""Builds adapters into the params, for the plain ``apply_fn``.
+
+    .. math::
+      W' = s_{out} \odot (s_{in} \odot W + A B)
+
+    Weights of half precision are merged in float32 and rounded once.
+
+    Args:
+      params: the base's params.
+      adapter: an Adapter, a sequence of them, applied in order, or None.
+      safe: check the result, which waits for it and so cannot be jitted.
+
+    Returns:
+      Params of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: the adapter belongs to other params; or ``safe`` and a result is not finite.
+    """
+    leaves, views = attach(leaf_paths(params), as_sequence(adapter))
+    leaves |= {path: merged(view) for path, view in views.items()}
+    if safe:
+        for path, view in views.items():
+            if not bool(jnp.isfinite(leaves[path]).all()):
+                raise ValueError(
+                    f"merging gives values in {path} that are not finite: the adapter or the "
+                    f"weight seems to be broken"
+                )
+    return refill(params, leaves)
+
+
+def unmerge(params: Any, adapter: Adapter | Sequence[Adapter] | None) -> Any:
+    """Takes adapters out of params they were merged into.
+
+    Args:
+      params: what ``merge`` returned.
+      adapter: the adapters, in the order in which they were merged.
+
+    Returns:
+      The params before the merge, up to rounding: in half precision that is visible, and keeping
+      the base params is better.
+
+    Raises:
+      ValueError: an adapter replaced whole leaves (``modules_to_save``, a trained ``bias``), which
+        are gone; or it belongs to other params.
+    """
+    adapters = as_sequence(adapter)
+    for each in adapters:
+        if each.saved:
+            raise ValueError(
+                f"merging replaced {', '.join(leaf.path for leaf in each.saved[:5])}, and what "
+                f"was there before is gone: keep the base params instead of unmerging"
+            )
+    for each in reversed(adapters):
+        leaves, views = attach(leaf_paths(params), [each], undo=True)
+        leaves |= {path: unmerged(view) for path, view in views.items()}
+        params = refill(params, leaves)
+    return params

@@ -1,0 +1,307 @@
+"""LoRA: a low-rank change added to a frozen weight."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from peftjax.config import AdapterConfig, FrozenMapping, check_regex, rejects
+from peftjax.factors import Arrays, Factors, Method, WeightSpec
+from peftjax.sites import Site
+from peftjax.targeting import pattern_value
+
+_BIASES = ("none", "all", "lora_only")
+_INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?")
+_INITS_OF_PEFT_ALONE = ("mica", "eva", "corda", "loftq", "lora_ga")
+
+
+@rejects(
+    alora_invocation_tokens=None,
+    arrow_config=None,
+    corda_config=None,
+    ensure_weight_tying=False,
+    eva_config=None,
+    kasa_config=None,
+    layer_replication=None,
+    loftq_config=FrozenMapping(),
+    lora_ga_config=None,
+    megatron_config=None,
+    megatron_core="megatron.core",
+    monteclora_config=None,
+    qalora_group_size=16,
+    target_parameters=None,
+    trainable_token_indices=None,
+    use_bdlora=None,
+    use_qalora=False,
+    velora_config=None,
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    r"""Low-rank adaptation: learn the change of a weight as a product of two thin matrices.
+
+    A frozen weight :math:`W` of shape (in, out) gets the trainable factors :math:`A` of shape
+    (in, ``r``) and :math:`B` of shape (``r``, out). With :math:`\alpha` as ``lora_alpha``, the
+    input passed through dropout for the second term alone:
+
+    .. math::
+
+      y = x W + s \, (x A) B, \qquad
+      s = \begin{cases}
+        \alpha / r        & \text{by default} \\
+        \alpha / \sqrt{r} & \text{with } \texttt{use\_rslora}
+      \end{cases}
+
+    Args:
+      r: rank of the change.
+      lora_alpha: numerator of the scale.
+      lora_dropout: probability of dropping an input feature on the adapter's way, in training.
+      use_rslora: divide by the square root of the rank, which keeps large ranks learning.
+      use_dora: not supported yet; raises when set.
+      lora_bias: give the change a bias of its own.
+      rank_pattern: rank of single modules; keys are regular expressions for the end of a path,
+        the first that matches wins.
+      alpha_pattern: ``lora_alpha`` of single modules, by the same rule.
+      init_lora_weights: how the factors start. True: A uniform, B zero. ``"gaussian"``: A normal,
+        B zero. ``"orthogonal"``: orthogonal rows and columns, for even ranks. ``"olora"``,
+        ``"pissa"`` and ``"pissa_niter_N"`` (N steps of a randomised SVD): from the weight itself.
+        False: both factors random, so the adapted function differs from the base at the start.
+      bias: biases of the base model to train: ``"none"``, ``"all"`` or ``"lora_only"`` (those of
+        adapted modules).
+      fan_in_fan_out: accepted because PEFT's files hold it, and never used: PEFT overwrites it
+        layer by layer, so a file tells only about the last one. Which axes of a weight are inputs
+        is seen in the trace of the model.
+      target_modules: see :class:`~peftjax.config.AdapterConfig`, as for the fields below.
+      exclude_modules: modules not to adapt.
+      layers_to_transform: layer indices to adapt.
+      layers_pattern: name of the module that a layer index follows.
+      modules_to_save: modules to train and save whole.
+      base_model_name_or_path: the base model, for torch PEFT.
+      revision: the base model's revision, for torch PEFT.
+      task_type: PEFT's task, for torch PEFT.
+
+    Raises:
+      ValueError: a value out of range, fields that exclude each other, or a field of PEFT's
+        LoraConfig that is not supported here.
+
+    Example:
+      >>> from peftjax.methods.lora import LoraConfig
+      >>> config = LoraConfig(r=16, lora_alpha=32, target_modules=["query", "value"])
+      >>> config.scaling(r=16, alpha=32)
+      2.0
+
+    References:
+      Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021,
+      https://arxiv.org/abs/2106.09685
+
+      Kalajdzievski, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA, 2023,
+      https://arxiv.org/abs/2312.03732
+
+      Meng et al., PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+      Language Models, 2024, https://arxiv.org/abs/2404.02948
+
+      Büyükakyüz, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, 2024,
+      https://arxiv.org/abs/2406.01775
+    """
+
+    peft_type: ClassVar[str] = "LORA"
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    rank_pattern: Mapping[str, int] = FrozenMapping()
+    alpha_pattern: Mapping[str, float] = FrozenMapping()
+    init_lora_weights: bool | str = True
+    bias: str = "none"
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_ranks()
+        self._check_init()
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}")
+        if self.bias not in _BIASES:
+            raise ValueError(f"`bias` must be one of {', '.join(_BIASES)}; got {self.bias!r}")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("`lora_bias` does not work with `use_dora`: set one of them")
+        if self.use_dora:
+            raise ValueError("`use_dora` is not supported yet: leave it at False")
+
+    def _check_ranks(self) -> None:
+        ranks = {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+        for name, rank in {"r": self.r, **ranks}.items():
+            if not isinstance(rank, int) or rank <= 0:
+                raise ValueError(
+                    f"`{name}` should be a positive integer value but the value passed is {rank}"
+                )
+            if self.init_lora_weights == "orthogonal" and rank % 2:
+                raise ValueError(
+                    f'`init_lora_weights="orthogonal"` needs even ranks, got {name} = {rank}'
+                )
+        for key in self.rank_pattern:
+            check_regex("rank_pattern", key)
+        for key in self.alpha_pattern:
+            check_regex("alpha_pattern", key)
+
+    def _check_init(self) -> None:
+        init = self.init_lora_weights
+        if isinstance(init, bool):
+            return
+        if init in _INITS_OF_PEFT_ALONE:
+            raise ValueError(f'`init_lora_weights="{init}"` is not supported by peftjax')
+        if not isinstance(init, str) or not _INITS.fullmatch(init):
+            raise ValueError(
+                "`init_lora_weights` must be True, False, 'gaussian', 'orthogonal', 'olora', "
+                f"'pissa' or 'pissa_niter_N'; got {init!r}"
+            )
+        if self.lora_bias:
+            raise ValueError(
+                f"`lora_bias` needs `init_lora_weights` to be True or False, got {init!r}"
+            )
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """Returns the factor of the low-rank product for a module's own rank and alpha."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """Rank and scale of one weight."""
+
+    rank: int
+    scaling: float
+
+
+def _settings(config: LoraConfig, site: Site, layer: int | None) -> _Settings:
+    rank = pattern_value(config.rank_pattern, site, config.r, layer)
+    alpha = pattern_value(config.alpha_pattern, site, config.lora_alpha, layer)
+    return _Settings(rank, config.scaling(rank, alpha))
+
+
+def _init(
+    key: Array, config: LoraConfig, spec: WeightSpec, settings: _Settings, weight: Array | None
+) -> tuple[Arrays, Arrays]:
+    """A and B of one weight; with PiSSA and OLoRA their start as well, which is subtracted."""
+    rank, scaling = settings.rank, jnp.asarray(settings.scaling, spec.dtype)
+    init = config.init_lora_weights
+    buffers = {"scaling": scaling}
+    if isinstance(init, str) and weight is not None:
+        a, b = _from_weight(init, key, weight, spec, settings)
+        buffers |= {"lora_A_init": a, "lora_B_init": b}
+    elif init == "orthogonal":
+        a, b = _orthogonal(key, spec, rank)
+    else:
+        a, b = _random(key, init, spec, rank)
+    params = {"lora_A": a, "lora_B": b}
+    if config.lora_bias:
+        bound = 0.0 if init else 1 / math.sqrt(rank)
+        shape = spec.out_shape
+        params["lora_B_bias"] = jax.random.uniform(key, shape, spec.dtype, -bound, bound)
+    return params, buffers
+
+
+def _random(key: Array, init: bool | str, spec: WeightSpec, rank: int) -> tuple[Array, Array]:
+    """One factor random, the other zero; both random without an identity init.
+
+    A table starts the other way round: zero rows and a random map.
+    """
+    key_a, key_b = jax.random.split(key)
+    a_shape, b_shape = (*spec.in_shape, rank), (rank, *spec.out_shape)
+    if spec.kind == "lookup":
+        a = jnp.zeros(a_shape, spec.dtype)
+        return (
+            jax.random.normal(key_a, a_shape, spec.dtype) if init is False else a,
+            jax.random.normal(key_b, b_shape, spec.dtype),
+        )
+    if init == "gaussian":
+        a = jax.random.normal(key_a, a_shape, spec.dtype) / rank
+    else:
+        a = _uniform(key_a, a_shape, math.prod(spec.in_shape), spec.dtype)
+    zeros = jnp.zeros(b_shape, spec.dtype)
+    return a, _uniform(key_b, b_shape, rank, spec.dtype) if init is False else zeros
+
+
+def _uniform(key: Array, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> Array:
+    """Kaiming's uniform distribution with slope sqrt(5), the default of a torch Linear."""
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _orthogonal(key: Array, spec: WeightSpec, rank: int) -> tuple[Array, Array]:
+    """A from the odd, B from the even rows of one orthogonal matrix, so that A B = 0."""
+    key_q, key_a, key_b = jax.random.split(key, 3)
+    q = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank), spec.dtype))[0]
+    half = rank // 2
+    a = jax.random.normal(key_a, (math.prod(spec.in_shape), half), spec.dtype) @ q[1::2] / 10
+    b = q[0::2].T @ jax.random.normal(key_b, (half, math.prod(spec.out_shape)), spec.dtype) / 10
+    return a.reshape(*spec.in_shape, rank), b.reshape(rank, *spec.out_shape)
+
+
+def _from_weight(
+    init: str, key: Array, weight: Array, spec: WeightSpec, settings: _Settings
+) -> tuple[Array, Array]:
+    """The factors that PiSSA and OLoRA take out of the weight, before they are scaled."""
+    rank = settings.rank
+    matrix = weight.astype(spec.dtype).reshape(math.prod(spec.in_shape), -1)
+    if rank > min(matrix.shape):
+        raise ValueError(
+            f"init_lora_weights={init!r} takes at most {min(matrix.shape)} directions out of a "
+            f"weight of shape {spec.in_shape} -> {spec.out_shape}, but the rank is {rank}"
+        )
+    if init == "olora":
+        # In torch's layout (out, in): W = Q R, A = R[:rank], B = Q[:, :rank].
+        q, r = jnp.linalg.qr(matrix.T)
+        a, b = r[:rank].T, q[:, :rank].T
+    else:
+        u, s, vt = _svd(init, key, matrix, rank)
+        root = jnp.sqrt(s / settings.scaling)
+        a, b = u * root[None], root[:, None] * vt
+    return a.reshape(*spec.in_shape, rank), b.reshape(rank, *spec.out_shape)
+
+
+def _svd(init: str, key: Array, matrix: Array, rank: int) -> tuple[Array, Array, Array]:
+    """The leading singular triplets, exact or by a randomised range finder."""
+    if init == "pissa":
+        u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+        return u[:, :rank], s[:rank], vt[:rank]
+    steps = int(init.rpartition("_")[2])
+    width = min(2 * rank, *matrix.shape)
+    basis = matrix @ jax.random.normal(key, (matrix.shape[1], width), matrix.dtype)
+    for _ in range(steps):
+        basis = matrix @ (matrix.T @ jnp.linalg.qr(basis)[0])
+    basis = jnp.linalg.qr(basis)[0]
+    u, s, vt = jnp.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ u)[:, :rank], s[:rank], vt[:rank]
+
+
+def _factors(config: LoraConfig, params: Arrays, buffers: Arrays) -> Factors:
+    a, b, scaling = params["lora_A"], params["lora_B"], buffers["scaling"]
+    if "rank_mask" in buffers:
+        a = a * jnp.broadcast_to(buffers["rank_mask"], a.shape)
+    b = scaling * b
+    if "lora_A_init" in buffers:
+        a = jnp.concatenate([a, buffers["lora_A_init"]], axis=-1)
+        b = jnp.concatenate([b, -scaling * buffers["lora_B_init"]], axis=0)
+    return Factors(A=a, B=b, dropout=config.lora_dropout)
+
+
+def _bias(config: LoraConfig, params: Arrays, buffers: Arrays) -> Array | None:
+    return buffers["scaling"] * params["lora_B_bias"] if config.lora_bias else None
+
+
+LoraConfig.method = Method(
+    settings=_settings,
+    init=_init,
+    factors=_factors,
+    bias=_bias,
+    rank_axes={"lora_A": -1, "lora_B": 0, "lora_A_init": -1, "lora_B_init": 0},
+    needs_weight=lambda config: str(config.init_lora_weights).startswith(("olora", "pissa")),
+)

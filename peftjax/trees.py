@@ -1,0 +1,94 @@
+"""Paths of the arrays in a tree, and the split of arguments into arrays and everything else."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+
+def leaf_paths(tree: Any) -> dict[str, Any]:
+    """Every array of a tree by its dotted path, in the order in which JAX flattens it.
+
+    Boxes around an array (``flax.linen.Partitioned``) leave no trace in its path.
+
+    Raises:
+      ValueError: two arrays have the same dotted path.
+    """
+    paths: dict[str, Any] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if not is_array(leaf):
+            continue
+        path = dotted(keys)
+        if path in paths:
+            raise ValueError(
+                f"two arrays of the params have the path {path!r}: rename a key that holds a dot "
+                f"or a slash"
+            )
+        paths[path] = leaf
+    return paths
+
+
+def dotted(keys: tuple[Any, ...]) -> str:
+    """The dotted path of a key path; slashes, as in Haiku's module names, count as dots."""
+    if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
+        keys = keys[:-1]
+    return ".".join(_name(key) for key in keys).replace("/", ".")
+
+
+def _name(key: Any) -> str:
+    match key:
+        case DictKey(key=name) | FlattenedIndexKey(key=name):
+            return str(name)
+        case SequenceKey(idx=index):
+            return str(index)
+        case GetAttrKey(name=name):
+            return name
+    return str(key)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced: arrays, keys, NumPy scalars and ShapeDtypeStructs."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A tree without its arrays: its structure and the leaves that are part of the program.
+
+    Attributes:
+      structure: structure of the tree.
+      leaves: for each leaf, its type and value; None where an array belongs. The type keeps 1,
+        1.0 and True apart.
+    """
+
+    structure: Any
+    leaves: tuple[tuple[type, Any] | None, ...]
+
+    def fill(self, arrays: list[Any]) -> Any:
+        """The tree with these arrays in their places."""
+        rest = iter(arrays)
+        leaves = [next(rest) if leaf is None else leaf[1] for leaf in self.leaves]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def split(tree: Any) -> tuple[list[Any], Static]:
+    """The arrays of a tree, and the tree without them.
+
+    Raises:
+      TypeError: a leaf is neither an array nor hashable.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    static: list[tuple[type, Any] | None] = []
+    for leaf in leaves:
+        if not is_array(leaf):
+            try:
+                hash(leaf)
+            except TypeError:
+                raise TypeError(
+                    f"an argument holds a {type(leaf).__name__}, which is neither an array nor "
+                    f"hashable: pass an array, or a hashable value to be part of the program"
+                ) from None
+        static.append(None if is_array(leaf) else (type(leaf), leaf))
+    return [leaf for leaf in leaves if is_array(leaf)], Static(structure, tuple(static))
