@@ -12,4 +12,6 @@ from peftjax.methods import LoraConfig as LoraConfig
 from peftjax.sites import Site as Site
 from peftjax.sites import Sites as Sites
 from peftjax.sites import find_sites as find_sites
+from peftjax.summary import Summary as Summary
+from peftjax.summary import summary as summary
 from peftjax.targeting import NoMatchingModuleError as NoMatchingModuleError

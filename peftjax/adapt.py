@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 
 from peftjax.adapter import Adapter
-from peftjax.attach import as_sequence, attach, refill
+from peftjax.attach import as_sequence, attach
 from peftjax.engine.run import run
 from peftjax.engine.trace import Trace, Used
 from peftjax.trees import Static, leaf_paths, split
@@ -69,7 +69,7 @@ def adapt(
     # mesh, x64), which a cache of ours would miss.
     @functools.partial(jax.jit, static_argnums=0)
     def run_adapted(static: Static, arrays: list[Any], adapters: tuple[Adapter, ...]) -> Any:
-        params, args, kwargs = static.fill(arrays)
+        params, _, _ = static.fill(arrays)
         adapters = tuple(a.replace(buffers=_frozen(a.buffers)) for a in adapters)
         leaves, views = attach(leaf_paths(params), adapters)
         trace = Trace(list(leaves), strict=on_fallback == "error")

@@ -1,6 +1,7 @@
 """The adapter: a pytree of a few small arrays, and what they belong to."""
 
 import dataclasses
+import functools
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ from jaxtyping import Array, PRNGKeyArray
 
 from peftjax.config import AdapterConfig
 from peftjax.engine.views import Layer
-from peftjax.factors import Arrays, Factors, WeightSpec
+from peftjax.factors import Arrays, Factors, WeightSpec, accumulation_dtype
 from peftjax.sites import Leaf, Site, Sites
+from peftjax.stacks import init_site, over_stack, spread
 from peftjax.targeting import bias_leaves, saved_leaves, select_sites, unmatched_patterns
 from peftjax.trees import leaf_paths
 
@@ -44,8 +46,7 @@ class Adapter:
     def replace(self, **changes: Any) -> Self:
         """This adapter with other values in some of its fields.
 
-        Example:
-          >>> doubled = adapter.replace(params=jax.tree.map(lambda x: 2 * x, adapter.params))
+        Gradients are taken this way: ``jax.grad(lambda p: loss(adapter.replace(params=p)))``.
         """
         return dataclasses.replace(self, **changes)
 
@@ -98,24 +99,27 @@ def init_adapter(
         leaf.path: leaf for leaf in bias_leaves(getattr(config, "bias", "none"), sites, chosen)
     }
     method = config.method
-    leaves = None if params is None else leaf_paths(params)
-    if leaves is None and (saved or method.needs_weight(config)):
+    leaves: Mapping[str, Any] = {}
+    if params is not None:
+        leaves = leaf_paths(params)
+        check_leaves(leaves, chosen, tuple(saved.values()))
+    elif saved or method.needs_weight(config):
         what = f"copies of {', '.join(saved)}" if saved else "initial factors out of the weights"
         raise ValueError(f"this config starts from {what}: pass params to init_adapter")
-    if leaves is not None:
-        check_leaves(leaves, chosen, tuple(saved.values()))
 
     trainable: dict[str, Arrays] = {}
     frozen: dict[str, Arrays] = {}
     for site in chosen.values():
-        weight = leaves[site.path] if leaves is not None and method.needs_weight(config) else None
-        made = _init_site(_path_key(key, site.path), config, site, weight, dtype)
+        own_dtype = jnp.dtype(dtype or accumulation_dtype(site.dtype))
+        spec = WeightSpec(site.kind, site.in_shape, site.out_shape, own_dtype)
+        weight = leaves[site.path] if method.needs_weight(config) else None
+        made = init_site(_path_key(key, site.path), config, site, spec, weight)
         trainable[site.name], frozen[site.name] = made
     for path, leaf in saved.items():
         trainable.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.array(leaves[path])
     adapter = Adapter(trainable, frozen, None, config, Sites(chosen.sites), tuple(saved.values()))
     for site in chosen.values():
-        jax.eval_shape(lambda a, site=site: bias_shift(a, site), adapter)
+        jax.eval_shape(functools.partial(bias_shift, site=site), adapter)
     _warn_unmatched(config, chosen)
     return adapter
 
@@ -156,147 +160,48 @@ def _path_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
 
 
-def _init_site(
-    key: PRNGKeyArray,
-    config: AdapterConfig,
-    site: Site,
-    weight: Array | None,
-    dtype: DTypeLike | None,
-) -> tuple[Arrays, Arrays]:
-    """The arrays of one site: layers of equal settings together, ranks padded to the largest."""
-    method, full = config.method, tuple(site.shape[axis] for axis in site.stack_axes)
-    if not jnp.issubdtype(site.dtype, jnp.floating):
-        raise ValueError(f"{site.path} holds {site.dtype} values: only floating weights adapt")
-    own = jnp.float32 if jnp.finfo(site.dtype).bits < 32 else site.dtype
-    spec = WeightSpec(site.kind, site.in_shape, site.out_shape, jnp.dtype(dtype or own))
-
-    def one(key: Array, weight: Array | None, settings: Any) -> tuple[Arrays, Arrays]:
-        return method.init(key, config, spec, settings, weight)
-
-    if weight is not None:
-        weight = jnp.transpose(weight, (*site.stack_axes, *site.in_axes, *site.out_axes))
-    if not site.stack_axes:
-        return one(key, weight, method.settings(config, site, None))
-
-    keys = jax.random.split(key, full)
-    layers = site.layers if site.layers is not None else tuple(range(full[0]))
-    groups: dict[Any, list[int]] = {}
-    for place, layer in enumerate(layers):
-        groups.setdefault(method.settings(config, site, layer), []).append(place)
-    order = [place for places in groups.values() for place in places]
-    parts = []
-    for settings, places in groups.items():
-        index = jnp.asarray([layers[place] for place in places])
-        make = lambda key, weight, settings=settings: one(key, weight, settings)  # noqa: E731
-        for _ in full:
-            make = jax.vmap(make, in_axes=(0, None if weight is None else 0))
-        parts.append(make(keys[index], None if weight is None else weight[index]))
-    if len(parts) == 1:
-        return parts[0]
-    params = _stacked([p for p, _ in parts], method.rank_axes, len(full), order)
-    buffers = _stacked([b for _, b in parts], method.rank_axes, len(full), order)
-    ranked = next((name for name in method.rank_axes if name in params), None)
-    if ranked is not None:
-        axis = method.rank_axes[ranked]
-        sizes = [p[ranked].shape[_stacked_axis(axis, len(full))] for p, _ in parts]
-        masks = [
-            (jnp.arange(max(sizes)) < size).astype(spec.dtype)
-            for size, places in zip(sizes, groups.values(), strict=True)
-            for _ in places
-        ]
-        by_layer = jnp.stack([masks[order.index(place)] for place in range(len(order))])
-        shape = (len(layers), *full[1:], max(sizes))
-        inner = by_layer.reshape(len(layers), *[1] * len(full[1:]), max(sizes))
-        if len(set(sizes)) > 1:
-            buffers["rank_mask"] = jnp.broadcast_to(inner, shape)
-    return params, buffers
-
-
-def _stacked_axis(axis: int, stack: int) -> int:
-    return axis if axis < 0 else axis + stack
-
-
-def _stacked(
-    parts: list[Arrays], rank_axes: Mapping[str, int], stack: int, order: list[int]
-) -> Arrays:
-    """Groups of layers put back into one stack, padded with zeros along the rank."""
-    inverse = jnp.asarray([order.index(place) for place in range(len(order))])
-    joined = {}
-    for name in parts[0]:
-        arrays = [part[name] for part in parts]
-        if name in rank_axes:
-            axis = _stacked_axis(rank_axes[name], stack) % arrays[0].ndim
-            rank = max(array.shape[axis] for array in arrays)
-            arrays = [
-                jnp.pad(
-                    array,
-                    [(0, rank - n if i == axis else 0) for i, n in enumerate(array.shape)],
-                )
-                for array in arrays
-            ]
-        joined[name] = jnp.concatenate(arrays)[inverse]
-    return joined
-
-
 def site_layer(adapter: Adapter, site: Site) -> Layer:
     """What an adapter does to one weight, all its stacked layers at once."""
-    config, method = adapter.config, adapter.config.method
-    own = set(adapter.params[site.name]) - {
-        leaf.leaf_name for leaf in adapter.saved if leaf.module == site.name
-    }
-    params = {name: adapter.params[site.name][name] for name in sorted(own)}
+    config = adapter.config
 
     def factors(params: Arrays, buffers: Arrays) -> Factors:
-        return method.factors(config, params, buffers)
+        return config.method.factors(config, params, buffers)
 
-    for _ in site.stack_axes:
-        factors = jax.vmap(factors)
-    full = tuple(site.shape[axis] for axis in site.stack_axes)
-    made = factors(params, adapter.buffers[site.name])
-    if site.layers is not None:
-        made = Factors(
-            A=_spread(made.A, site, 0),
-            B=_spread(made.B, site, 0),
-            in_scale=_spread(made.in_scale, site, 1),
-            out_scale=_spread(made.out_scale, site, 1),
-            dropout=made.dropout,
-        )
+    made = over_stack(factors, site)(_own(adapter, site), adapter.buffers[site.name])
+    made = dataclasses.replace(
+        made,
+        A=spread(made.A, site, 0),
+        B=spread(made.B, site, 0),
+        in_scale=spread(made.in_scale, site, 1),
+        out_scale=spread(made.out_scale, site, 1),
+    )
     if adapter.key is None:
         return Layer(made)
-    key = _path_key(adapter.key, site.path)
-    return Layer(made, jax.random.split(key, full) if full else key)
-
-
-def _spread(array: Array | None, site: Site, fill: int) -> Array | None:
-    """The arrays of the selected layers among those of all layers, which change nothing."""
-    if array is None:
-        return None
-    whole = jnp.full((site.shape[site.stack_axes[0]], *array.shape[1:]), fill, array.dtype)
-    return whole.at[jnp.asarray(site.layers)].set(array)
+    key, stack = _path_key(adapter.key, site.path), site.full_stack_shape
+    return Layer(made, jax.random.split(key, stack) if stack else key)
 
 
 def bias_shift(adapter: Adapter, site: Site) -> Array | None:
-    """What an adapter adds to the bias of one site, in the layout of that bias; None if nothing.
+    """What an adapter adds to the bias of one site, laid out (stack, out); None if nothing.
 
     Raises:
       ValueError: there is no bias to add it to.
     """
-    config, method = adapter.config, adapter.config.method
+    config = adapter.config
 
     def shift(params: Arrays, buffers: Arrays) -> Array | None:
-        return method.bias(config, params, buffers)
+        return config.method.bias(config, params, buffers)
 
-    for _ in site.stack_axes:
-        shift = jax.vmap(shift)
-    made = shift(adapter.params[site.name], adapter.buffers[site.name])
-    if made is None:
-        return None
-    if site.bias is None:
+    made = over_stack(shift, site)(_own(adapter, site), adapter.buffers[site.name])
+    if made is not None and site.bias is None:
         raise ValueError(
             f"{site.name} has no bias, so the adapter cannot have one there: exclude the module or "
             f"leave the adapter's own bias off"
         )
-    if site.layers is not None:
-        made = _spread(made, site, 0)
-    stack = len(site.stack_axes)
-    return jnp.moveaxis(made, range(stack), site.bias_stack_axes)
+    return spread(made, site, 0)
+
+
+def _own(adapter: Adapter, site: Site) -> Arrays:
+    """The method's arrays of one site, without whole leaves saved under the same module."""
+    whole = {leaf.leaf_name for leaf in adapter.saved if leaf.module == site.name}
+    return {name: x for name, x in adapter.params[site.name].items() if name not in whole}

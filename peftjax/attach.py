@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from peftjax.adapter import Adapter, bias_shift, check_leaves, site_layer
 from peftjax.engine.run import mark
 from peftjax.engine.views import View
+from peftjax.factors import accumulation_dtype
+from peftjax.sites import Site
 from peftjax.trees import dotted, is_array
 
 
@@ -66,13 +68,18 @@ def attach(
             layer = site_layer(adapter, site)
             views[site.path] = dataclasses.replace(view, layers=(*view.layers, layer))
             shift = bias_shift(adapter, site)
-            if shift is not None:
-                leaves[site.bias] = _added(leaves[site.bias], -shift if undo else shift)
+            if shift is not None and site.bias is not None:
+                leaves[site.bias] = _added(leaves[site.bias], -shift if undo else shift, site)
     return leaves, views
 
 
-def _added(bias: jax.Array, shift: jax.Array) -> jax.Array:
-    total = bias.astype(jnp.promote_types(bias.dtype, shift.dtype)) + shift
+def _added(bias: jax.Array, shift: jax.Array, site: Site) -> jax.Array:
+    """A bias with a shift of shape (stack, out) added to it in its own layout."""
+    stack = site.bias_stack_axes
+    own = [n for axis, n in enumerate(bias.shape) if axis not in stack]
+    laid = jnp.reshape(shift, (*shift.shape[: len(stack)], *own))
+    dtype = accumulation_dtype(bias.dtype)
+    total = bias.astype(dtype) + jnp.moveaxis(laid, range(len(stack)), stack).astype(dtype)
     return total.astype(bias.dtype)
 
 

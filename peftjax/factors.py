@@ -41,7 +41,7 @@ class Factors:
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype sums run in: float32 for half precision, the dtype itself otherwise."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

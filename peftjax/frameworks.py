@@ -62,11 +62,12 @@ class NnxApply:
         it, the result is the output and the changed state, for the next call.
         """
         start = self.state if state is None else state
-        model = nnx.merge(self.graph, _as_state(params), start)
+        model = nnx.merge(self.graph, nnx.State(params), start)
         out = model(*args, **kwargs)
         if state is None:
             return out
-        return out, nnx.split(model, nnx.Param, ...)[2]
+        _, _, *changed = nnx.split(model, nnx.Param, ...)
+        return out, changed[0]
 
 
 def from_nnx(model: nnx.Module) -> tuple[NnxApply, dict[Any, Any]]:
@@ -88,9 +89,5 @@ def from_nnx(model: nnx.Module) -> tuple[NnxApply, dict[Any, Any]]:
       >>> apply_fn(params, jnp.ones((2, 4))).shape
       (2, 3)
     """
-    graph, params, state = nnx.split(model, nnx.Param, ...)
-    return NnxApply(graph, state), nnx.to_pure_dict(params)
-
-
-def _as_state(params: Any) -> Any:
-    return nnx.State(params)
+    graph, params, *rest = nnx.split(model, nnx.Param, ...)
+    return NnxApply(graph, rest[0]), nnx.to_pure_dict(params)

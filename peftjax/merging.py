@@ -33,7 +33,7 @@ def merge(params: Any, adapter: Adapter | Sequence[Adapter] | None, *, safe: boo
     leaves, views = attach(leaf_paths(params), as_sequence(adapter))
     leaves |= {path: merged(view) for path, view in views.items()}
     if safe:
-        for path, view in views.items():
+        for path in views:
             if not bool(jnp.isfinite(leaves[path]).all()):
                 raise ValueError(
                     f"merging gives values in {path} that are not finite: the adapter or the "

@@ -1,6 +1,7 @@
 """What an adapter can attach to: the weights a function uses linearly, and how it uses them."""
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -90,8 +91,13 @@ class Site:
     @property
     def stack_shape(self) -> tuple[int, ...]:
         """Shape of the stack axes with only the selected layers counted."""
-        full = tuple(self.shape[axis] for axis in self.stack_axes)
+        full = self.full_stack_shape
         return full if self.layers is None else (len(self.layers), *full[1:])
+
+    @property
+    def full_stack_shape(self) -> tuple[int, ...]:
+        """Shape of the stack axes, all layers counted."""
+        return tuple(self.shape[axis] for axis in self.stack_axes)
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -127,6 +133,17 @@ class Use:
     fallback: str = ""
 
 
+def _axes(axes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, axes))
+
+
+def _counted(uses: tuple[Use, ...]) -> str:
+    """How often a site is used, and what cannot use its factors."""
+    materialised = Counter(use.primitive for use in uses if use.fallback)
+    notes = [f"{primitive} materialises" for primitive in materialised]
+    return ", ".join([str(len(uses)), *notes])
+
+
 @dataclasses.dataclass(frozen=True)
 class Sites(Mapping[str, Site]):
     """The linear weights of a function, by module path; what ``find_sites`` returns.
@@ -144,16 +161,47 @@ class Sites(Mapping[str, Site]):
     )
 
     def __getitem__(self, name: str) -> Site:
-        for site in self.sites:
-            if site.name == name:
-                return site
-        raise KeyError(name)
+        return self._by_name[name]
 
     def __iter__(self) -> Iterator[str]:
         return (site.name for site in self.sites)
 
     def __len__(self) -> int:
         return len(self.sites)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.sites, self.leaves))
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sites}
+
+    def __str__(self) -> str:
+        uses = dict(self.uses)
+        columns = ("module", "kind", "shape", "in", "out", "stacked", "bias", "uses")
+        rows = [
+            (
+                site.name,
+                "head" if site.is_head else site.kind,
+                " x ".join(map(str, site.shape)),
+                _axes(site.in_axes),
+                _axes(site.out_axes),
+                _axes(site.stack_axes),
+                (site.bias or "").rpartition(".")[2],
+                _counted(uses.get(site.name, ())),
+            )
+            for site in self.sites
+        ]
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (columns, tuple("-" * width for width in widths), *rows)
+        ]
+        return "\n".join(lines)
 
 
 def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
@@ -241,17 +289,30 @@ def _site(leaf: int, leaves: tuple[Leaf, ...], records: list[Record], is_head: b
         groups=use.groups,
         is_head=is_head,
     )
-    biased = [r for r in records if isinstance(r, Biased) and r.leaf == leaf]
-    if len({r.bias for r in biased}) != 1:
+    biases = {
+        (leaves[r.bias].path, stacked)
+        for r in records
+        if isinstance(r, Biased)
+        and r.leaf == leaf
+        and (stacked := _bias_stack(leaves[r.bias].shape, r.kept, site)) is not None
+    }
+    if len(biases) != 1:
         return site
-    bias, kept = leaves[biased[0].bias], biased[0].kept
-    stacked = [axis for axis in range(len(bias.shape)) if axis not in kept]
-    missing = len(site.stack_axes) - len(stacked)
-    stacked += kept[: max(missing, 0)]
-    sizes = tuple(bias.shape[axis] for axis in (*stacked, *kept[max(missing, 0) :]))
-    if sizes != (*site.stack_shape, *site.out_shape):
-        return site
-    return dataclasses.replace(site, bias=bias.path, bias_stack_axes=tuple(stacked))
+    bias, stacked = biases.pop()
+    return dataclasses.replace(site, bias=bias, bias_stack_axes=stacked)
+
+
+def _bias_stack(
+    shape: tuple[int, ...], kept: tuple[int, ...], site: Site
+) -> tuple[int, ...] | None:
+    """The stacked axes of a leaf added to the result of a site; None if it is no bias of it."""
+    gone = [axis for axis in range(len(shape)) if axis not in kept]
+    along = list(kept[: max(len(site.stack_axes) - len(gone), 0)])
+    stacked = tuple(gone + along)
+    own = [shape[axis] for axis in range(len(shape)) if axis not in stacked and shape[axis] != 1]
+    fits = [n for n in site.out_shape if n != 1] == own
+    same_stack = tuple(shape[axis] for axis in stacked) == site.stack_shape
+    return stacked if fits and same_stack else None
 
 
 def _named(sites: list[Site]) -> list[Site]:

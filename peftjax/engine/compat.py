@@ -1,6 +1,6 @@
 """Every branch on a JAX version, and every name that is not in JAX's stable API."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -36,7 +36,7 @@ def prune(closed: Any) -> tuple[Jaxpr, list]:
 
 
 def evaluate_plain(
-    jaxpr: Jaxpr, eqns: Sequence[Eqn], invars: Sequence[Var], outvars: Sequence[Var], values: list
+    jaxpr: Jaxpr, eqns: Sequence[Eqn], invars: Iterable[Var], outvars: Iterable[Var], values: list
 ) -> list:
     """Runs equations that no adapted weight enters, exactly as JAX would."""
     segment = jaxpr.replace(
@@ -76,7 +76,7 @@ def shard_map(f: Callable, params: dict, in_specs: tuple) -> Callable:
         in_specs=in_specs,
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=params.get("newly_manual_axes", params.get("manual_axes")),
+        axis_names=params["newly_manual_axes"],
     )
 
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec, Sharding
 from peftjax.engine import compat
 from peftjax.engine.linear import place
 from peftjax.engine.trace import Trace, plain
-from peftjax.engine.views import Dims, Result, View, fold_in, give_roles, remap
+from peftjax.engine.views import Dims, Result, Role, View, fold_in, give_roles, remap
 
 Replay = Callable[[Trace, compat.Jaxpr, Sequence[Any], Sequence[Any]], list[Any]]
 Control = Callable[[Trace, compat.Eqn, list[Any], Replay], list[Any] | str]
@@ -165,7 +165,8 @@ def _scannable(trace: Trace, x: Any, eqn: compat.Eqn) -> Any:
     if not isinstance(x, View) or x.roles is None:
         return x
     if x.role(0) is None:
-        x = give_roles(x, ["stack"] + ["out"] * (x.base.ndim - 1))
+        roles: list[Role] = ["out"] * x.base.ndim
+        x = give_roles(x, ["stack", *roles[1:]])
     if x.role(0) != "stack":
         return plain(trace, x, eqn, f"the loop runs over an {x.role(0)}-axis of the weight")
     return x
@@ -219,7 +220,8 @@ def _while(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) -
 
 def _shard_map(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) -> list[Any]:
     jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
-    placed, specs = [], []
+    placed: list[Any] = []
+    specs: list[PartitionSpec] = []
     for x, spec in zip(operands, eqn.params["in_specs"], strict=True):
         x = x.value if isinstance(x, Result) else x
         placed.append(_place_parts(x) if isinstance(x, View) else x)

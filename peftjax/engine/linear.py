@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from peftjax.engine import compat
 from peftjax.engine.views import Dims, Layer, Role, View, give_roles, layout
-from peftjax.factors import Factors, accumulation_dtype
+from peftjax.factors import accumulation_dtype
 
 _SWAPPED: dict[Role, Role] = {"in": "out", "out": "in", "stack": "stack"}
 
@@ -55,9 +55,11 @@ def apply(linear: Linear, layers: Sequence[Layer], x: Any) -> jax.Array:
         y = apply(linear, inner, x)
         if f.in_scale is not None:
             y = linear.scale_y(y, f.in_scale)
-        return y if f.A is None else _add(y, linear.product(_dropped(x, layer), f.B, f.A))
+        if f.A is None or f.B is None:
+            return y
+        return _add(y, linear.product(_dropped(x, layer), f.B, f.A))
     y = apply(linear, inner, x if f.in_scale is None else linear.scale_x(x, f.in_scale))
-    if f.A is not None:
+    if f.A is not None and f.B is not None:
         y = _add(y, linear.product(_dropped(x, layer), f.A, f.B))
     return y if f.out_scale is None else linear.scale_y(y, f.out_scale)
 
@@ -68,7 +70,7 @@ def _add(y: jax.Array, delta: jax.Array) -> jax.Array:
 
 def _dropped(x: jax.Array, layer: Layer) -> jax.Array:
     """X with entries dropped and the rest scaled up, where the layer asks for it."""
-    if not layer.drops:
+    if layer.key is None or not layer.drops:
         return x
     key = jnp.ravel(layer.key)[0]
     for axis in compat.varying_axes(x):
@@ -85,7 +87,7 @@ def orient(view: View, usage: Sequence[Role]) -> tuple[View, bool] | str:
     Returns the view, every axis with a role, and whether the use is transposed; or why the use is
     neither the weight's map nor its transpose.
     """
-    known = [(view.role(axis), role) for axis, role in enumerate(usage) if view.role(axis)]
+    known = [(have, role) for axis, role in enumerate(usage) if (have := view.role(axis))]
     if all(have == want for have, want in known):
         return give_roles(view, usage), False
     if all(_SWAPPED[have] == want for have, want in known):
@@ -102,8 +104,8 @@ def merged(view: View) -> jax.Array:
     for factors in (layer.factors for layer in view.layers):
         if factors.in_scale is not None:
             weight = weight * along(factors.in_scale, parts["in_scale"], weight)
-        if factors.A is not None:
-            weight = weight + _change(factors, view, weight.dtype)
+        if factors.A is not None and factors.B is not None:
+            weight = weight + _change(factors.A, factors.B, view, weight.dtype)
         if factors.out_scale is not None:
             weight = weight * along(factors.out_scale, parts["out_scale"], weight)
     return weight.astype(view.base.dtype)
@@ -116,17 +118,17 @@ def unmerged(view: View) -> jax.Array:
     for factors in (layer.factors for layer in reversed(view.layers)):
         if factors.out_scale is not None:
             weight = weight / along(factors.out_scale, parts["out_scale"], weight)
-        if factors.A is not None:
-            weight = weight - _change(factors, view, weight.dtype)
+        if factors.A is not None and factors.B is not None:
+            weight = weight - _change(factors.A, factors.B, view, weight.dtype)
         if factors.in_scale is not None:
             weight = weight / along(factors.in_scale, parts["in_scale"], weight)
     return weight.astype(view.base.dtype)
 
 
-def _change(factors: Factors, view: View, dtype: jnp.dtype) -> jax.Array:
+def _change(a: jax.Array, b: jax.Array, view: View, dtype: jnp.dtype) -> jax.Array:
     """A B in the layout of the view, every axis of which has a role."""
     parts = layout(view)
-    a, b = place(factors.A, parts["A"], view), place(factors.B, parts["B"], view)
+    a, b = place(a, parts["A"], view), place(b, parts["B"], view)
     order = [*view.dims("stack"), *view.dims("in"), *view.dims("out")]
     stack = list(range(len(view.dims("stack"))))
     spec = compat.explicit_spec(view.base)
@@ -148,10 +150,11 @@ def place(array: jax.Array, dims: Dims, view: View) -> jax.Array:
     return compat.place_like(array, spec, view.base)
 
 
-def along(scale: jax.Array, axes: Sequence[int], like: jax.Array) -> jax.Array:
+def along(scale: jax.Array, dims: Dims, like: jax.Array) -> jax.Array:
     """A scale laid along these axes of ``like``, of size 1 on all others."""
-    order = sorted(range(len(axes)), key=lambda i: axes[i])
+    axes = [axis for axis in dims if axis is not None]
     shape = [1] * like.ndim
-    for i in order:
-        shape[axes[i]] = scale.shape[i]
+    for axis, size in zip(axes, scale.shape, strict=True):
+        shape[axis] = size
+    order = sorted(range(len(axes)), key=axes.__getitem__)
     return jnp.transpose(scale, order).reshape(shape).astype(like.dtype)

@@ -1,9 +1,11 @@
 """Runs a jaxpr again, with the factors of its marked weights applied at every linear use."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from peftjax.engine import compat, results
 from peftjax.engine.control import CONTROL
@@ -11,7 +13,7 @@ from peftjax.engine.linear import apply, orient
 from peftjax.engine.rules import RULES, Rule
 from peftjax.engine.steps import STEPS, Equation
 from peftjax.engine.trace import Seen, Trace, Used, plain
-from peftjax.engine.views import Result, Role, View, fold_in
+from peftjax.engine.views import Axes, Result, Role, View, fold_in
 
 
 def replay(
@@ -86,7 +88,10 @@ def _equation(trace: Trace, eqn: compat.Eqn, operands: list[Any]) -> Sequence[An
             return used
         reason = used
     inputs = [plain(trace, operand, eqn, reason) for operand in operands]
-    return results.follow(eqn, operands, compat.evaluate_one(eqn, inputs), trace)
+    values = compat.evaluate_one(eqn, inputs)
+    if positions:
+        values = _join(operands, values)
+    return results.follow(eqn, operands, values, trace)
 
 
 def _step(eqn: compat.Eqn, operands: list[Any], position: int) -> list[View] | None:
@@ -119,7 +124,8 @@ def _use(
         for position in positions:
             usage = rule.usage(eqn.params, position, operands[position].base.shape)
             if not isinstance(usage, str):
-                trace.note(eqn, _seen(operands[position], usage, rule, eqn))
+                for leaf in (operands[position].leaf, *operands[position].joined):
+                    trace.note(eqn, _seen(leaf, operands[position].axes, usage, rule, eqn))
         inputs = [plain(trace, operand, eqn, "") for operand in operands]
         return [Result(compat.evaluate_one(eqn, inputs)[0], view.leaf)]
     oriented = orient(view, usage)
@@ -130,7 +136,7 @@ def _use(
         operand if i == position else plain(trace, operand, eqn, "both sides are adapted")
         for i, operand in enumerate(operands)
     ]
-    out = eqn.outvars[0].aval
+    out: Any = eqn.outvars[0].aval
     plan = rule.linear(view, transposed, position, inputs, eqn.params, out)
     if isinstance(plan, str):
         return plan
@@ -139,10 +145,10 @@ def _use(
     return [apply(use, fold_in(view, before).layers, x).astype(out.dtype)]
 
 
-def _seen(view: View, usage: Sequence[Role], rule: Rule, eqn: compat.Eqn) -> Seen:
+def _seen(leaf: int, axes: Axes, usage: Sequence[Role], rule: Rule, eqn: compat.Eqn) -> Seen:
     """A use in terms of the original axes of the weight."""
     met: dict[int, set[Role]] = {}
-    for labels, role in zip(view.axes, usage, strict=True):
+    for labels, role in zip(axes, usage, strict=True):
         for label in labels:
             met.setdefault(label, set()).add(role)
 
@@ -152,4 +158,17 @@ def _seen(view: View, usage: Sequence[Role], rule: Rule, eqn: compat.Eqn) -> See
         return next(iter(rest)) if len(rest) == 1 else None
 
     roles = tuple((label, role_of(roles)) for label, roles in sorted(met.items()))
-    return Seen(view.leaf, rule.kind, roles, rule.groups(eqn.params))
+    return Seen(leaf, rule.kind, roles, rule.groups(eqn.params))
+
+
+def _join(operands: list[Any], values: list[Any]) -> list[Any]:
+    """While roles are being found: what is made of weights alone, axis by axis, is a weight."""
+    views = [operand for operand in operands if isinstance(operand, View)]
+    if len(values) != 1 or len(views) != len(operands) or views[0].roles is not None:
+        return values
+    (value,), first = values, views[0]
+    alike = all(view.axes == first.axes and view.base.ndim == value.ndim for view in views)
+    if not alike or not jnp.issubdtype(value.dtype, jnp.inexact):
+        return values
+    leaves = dict.fromkeys(leaf for view in views for leaf in (view.leaf, *view.joined))
+    return [dataclasses.replace(first, base=value, joined=tuple(leaves)[1:])]

@@ -63,12 +63,11 @@ def _squeeze(view: View, equation: Equation) -> View | None:
 
 
 def _broadcast_in_dim(view: View, equation: Equation) -> View | None:
-    shape, kept = tuple(equation.params["shape"]), tuple(equation.params["broadcast_dimensions"])
-    if equation.others or any(
-        shape[new] != size for new, size in zip(kept, view.base.shape, strict=True)
-    ):
-        return None
-    if any(size != 1 for axis, size in enumerate(shape) if axis not in kept):
+    shape, kept = equation.params["shape"], equation.params["broadcast_dimensions"]
+    grows = shape != tuple(1 if axis not in kept else n for axis, n in enumerate(shape)) or any(
+        shape[new] != n for new, n in zip(kept, view.base.shape, strict=True)
+    )
+    if equation.others or (grows and view.roles is not None):
         return None
     axes: list[tuple[int, ...]] = [()] * len(shape)
     for old, new in enumerate(kept):
@@ -115,7 +114,9 @@ def _split(view: View, equation: Equation) -> list[View]:
     axis, start, pieces = equation.params["axis"], 0, []
     for size in equation.params["sizes"]:
 
-        def piece(array: jax.Array, dims: Dims, start: int = start, stop: int = start + size):
+        def piece(
+            array: jax.Array, dims: Dims, start: int = start, stop: int = start + size
+        ) -> jax.Array:
             return (
                 lax.slice_in_dim(array, start, stop, axis=dims.index(axis))
                 if axis in dims

@@ -48,6 +48,8 @@ class View:
       axes: for each current axis, the axes of the original weight it is made of; none for an axis
         of size 1 that was added on the way.
       roles: role of each axis of the original weight; None while roles are being found out.
+      joined: while roles are being found out, other leaves that went into this array along the
+        same axes, as when weights are concatenated.
     """
 
     base: jax.Array
@@ -55,6 +57,7 @@ class View:
     leaf: int = dataclasses.field(default=0, metadata={"static": True})
     axes: Axes = dataclasses.field(default=(), metadata={"static": True})
     roles: tuple[Role, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    joined: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def role(self, axis: int) -> Role | None:
         """Role of a current axis; None if it was added on the way, or while nothing is known."""
@@ -113,9 +116,15 @@ def remap(view: View, after: View, change: Callable[[jax.Array, Dims, Dims], jax
         return None if array is None else change(array, before[name], target[name])
 
     def step(layer: Layer) -> Layer:
-        names = ("A", "B", "in_scale", "out_scale")
-        parts = {name: part(name, getattr(layer.factors, name)) for name in names}
-        return Layer(dataclasses.replace(layer.factors, **parts), part("key", layer.key))
+        f = layer.factors
+        factors = dataclasses.replace(
+            f,
+            A=part("A", f.A),
+            B=part("B", f.B),
+            in_scale=part("in_scale", f.in_scale),
+            out_scale=part("out_scale", f.out_scale),
+        )
+        return Layer(factors, part("key", layer.key))
 
     return dataclasses.replace(after, layers=tuple(map(step, view.layers)))
 
@@ -234,7 +243,7 @@ def fold_in(view: View, data: jax.Array | int) -> View:
     """The view with fresh dropout keys; itself where nothing is dropped."""
 
     def fresh(layer: Layer) -> Layer:
-        if not layer.drops:
+        if layer.key is None or not layer.drops:
             return layer
         keys = jnp.ravel(layer.key)
         folded = jax.vmap(lambda key: jax.random.fold_in(key, data))(keys)

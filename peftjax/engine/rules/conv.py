@@ -69,9 +69,9 @@ def linear(
         )
 
     def scale_x(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return x * along(jnp.tile(scale.ravel(), groups), [numbers.lhs_spec[1]], x)
+        return x * along(jnp.tile(scale.ravel(), groups), (numbers.lhs_spec[1],), x)
 
     def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
-        return y * along(scale, [numbers.out_spec[1]], y)
+        return y * along(scale, (numbers.out_spec[1],), y)
 
     return Linear(base, product, scale_x, scale_y), operands[0]

@@ -81,14 +81,16 @@ def linear(
         return start + free_w.index(axis)
 
     x_axis = dict(zip((*contract_w, *batch_w), (*contract_x, *batch_x), strict=True))
-    x_dims, y_dims = parts["in_scale"], parts["out_scale"]
-    if transposed:
-        x_dims, y_dims = y_dims, x_dims
+    stack, ins, outs = view.dims("stack"), view.dims("in"), view.dims("out")
+    x_dims, y_dims = (
+        (*stack, *(outs if transposed else ins)),
+        (*stack, *(ins if transposed else outs)),
+    )
     use = Linear(
         base,
         product,
-        scale_x=lambda x, s: x * along(s, [x_axis[axis] for axis in x_dims], x),
-        scale_y=lambda y, s: y * along(s, [axis_of_y(axis, y.ndim) for axis in y_dims], y),
+        scale_x=lambda x, s: x * along(s, tuple(x_axis[axis] for axis in x_dims), x),
+        scale_y=lambda y, s: y * along(s, tuple(axis_of_y(axis, y.ndim) for axis in y_dims), y),
         transposed=transposed,
     )
     return use, operands[1 - position]

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from peftjax.engine.linear import Linear, along, place
@@ -47,6 +48,9 @@ def linear(
     """The weight as a table of rows."""
     if transposed:
         return "the lookup takes columns of this weight"
+    scaled = any(layer.factors.out_scale is not None for layer in view.layers)
+    if scaled and params["fill_value"] and not np.isnan(params["fill_value"]):
+        return "an out-scale would scale what the lookup fills in"
     indices = operands[1]
     numbers = params["dimension_numbers"]
     batch_dims = indices.ndim - 1
@@ -55,8 +59,11 @@ def linear(
     index_place = [p for p in range(batch_dims + len(offset)) if p not in offset]
     stacked = list(numbers.start_indices_batching_dims)
 
-    def rows(table: jax.Array, dims: Dims, index: jax.Array) -> jax.Array:
-        """The rows of a factor: the index dims, then its rank if it has one."""
+    def rows(table: jax.Array, dims: Dims, index: jax.Array, outside: int) -> jax.Array:
+        """The rows of a factor: the index dims, then its rank if it has one.
+
+        Indices out of range give ``outside``, which leaves what the lookup fills in.
+        """
         ranked = None in dims
         return lax.gather(
             table,
@@ -72,7 +79,7 @@ def linear(
             unique_indices=params["unique_indices"],
             indices_are_sorted=params["indices_are_sorted"],
             mode=params["mode"],
-            fill_value=params["fill_value"],
+            fill_value=outside,
         )
 
     def in_order(y: jax.Array) -> jax.Array:
@@ -87,12 +94,12 @@ def linear(
 
     def base(x: _Rows) -> jax.Array:
         y = lax.gather(view.base, x.indices, **params)
-        return y if x.scale is None else y * along(x.scale, index_place, y)
+        return y if x.scale is None else y * along(x.scale, tuple(index_place), y)
 
     def product(x: _Rows, first: jax.Array, second: jax.Array) -> jax.Array:
         first = place(first, parts["A"], view)
         second = place(second, parts["B"], view)
-        inner = rows(first, parts["A"], x.indices)
+        inner = rows(first, parts["A"], x.indices, 0)
         if x.scale is not None:
             inner = inner * x.scale[..., None].astype(inner.dtype)
         stack = [parts["B"].index(axis) for axis in numbers.operand_batching_dims]
@@ -106,11 +113,11 @@ def linear(
 
     def scale_x(x: _Rows, scale: jax.Array) -> _Rows:
         dims = parts["in_scale"]
-        full = [view.base.shape[axis] for axis in dims]
-        picked = rows(jnp.broadcast_to(scale, full), dims, x.indices)
+        full = [view.base.shape[axis] for axis in dims if axis is not None]
+        picked = rows(jnp.broadcast_to(scale, full), dims, x.indices, 1)
         return _Rows(x.indices, picked if x.scale is None else picked * x.scale)
 
     def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
-        return y * along(scale, [*(index_place[dim] for dim in stacked), *offset], y)
+        return y * along(scale, (*(index_place[dim] for dim in stacked), *offset), y)
 
     return Linear(base, product, scale_x, scale_y), _Rows(indices)

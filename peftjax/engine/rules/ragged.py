@@ -44,7 +44,9 @@ def linear(
     free_x = [axis for axis in range(x.ndim) if axis not in contract_x]
     row = free_x.index(ragged_x)
 
-    def grouped(x: jax.Array, w: jax.Array, cx: list, cw: list, ragged: int, group: int):
+    def grouped(
+        x: jax.Array, w: jax.Array, cx: list[int], cw: list[int], ragged: int, group: int
+    ) -> jax.Array:
         return lax.ragged_dot_general(
             x,
             w,
@@ -95,10 +97,10 @@ def linear(
         ins, outs = outs, ins
 
     def scale_x(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return x * along(by_row(scale), [ragged_x, *(x_axis[axis] for axis in ins)], x)
+        return x * along(by_row(scale), (ragged_x, *(x_axis[axis] for axis in ins)), x)
 
     def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
-        axes = [row, *(len(free_x) + free_w.index(axis) for axis in outs)]
+        axes = (row, *(len(free_x) + free_w.index(axis) for axis in outs))
         return y * along(by_row(scale), axes, y)
 
     return Linear(base, product, scale_x, scale_y, transposed), x

@@ -1,0 +1,106 @@
+"""Adapters on disk through Orbax: the adapter's arrays alone, never the model's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from peftjax.adapter import Adapter
+
+_ARRAYS = "arrays"
+_CONFIG = "adapter_config.json"
+
+
+def save_adapter(directory: str | Path, adapter: Adapter) -> Path:
+    """Writes an adapter's params and buffers, and its config as JSON beside them.
+
+    An adapter saved in the same directory before is replaced; other files there are left alone.
+
+    Args:
+      directory: where to write; made if it does not exist.
+      adapter: the adapter.
+
+    Returns:
+      The directory, absolute.
+    """
+    directory = Path(directory).absolute()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / _ARRAYS, _arrays(adapter), force=True)
+        checkpointer.wait_until_finished()
+    to_dict = getattr(adapter.config, "to_dict", None)
+    if to_dict is not None and jax.process_index() == 0:
+        text = json.dumps(to_dict(), indent=2, sort_keys=True)
+        (directory / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    return directory
+
+
+def restore_adapter(directory: str | Path, like: Adapter) -> Adapter:
+    """Reads an adapter that ``save_adapter`` wrote.
+
+    Args:
+      directory: where it was written.
+      like: an adapter of the same config for the same model. Its arrays say what to expect and
+        may be ``jax.ShapeDtypeStruct``s; where they carry a sharding, the result has it too.
+
+    Returns:
+      ``like`` with the arrays from disk.
+
+    Raises:
+      FileNotFoundError: no adapter was saved there.
+      ValueError: the saved arrays are not those of ``like``; the message names the first one.
+    """
+    directory = Path(directory).absolute()
+    if not (directory / _ARRAYS).is_dir():
+        raise FileNotFoundError(f"no adapter in {directory}; save_adapter writes one")
+    wanted = jax.tree.map(_abstract, _arrays(like))
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(directory / _ARRAYS).item_metadata.tree
+        _check(directory, _by_path(saved), _by_path(wanted))
+        arrays = checkpointer.restore(directory / _ARRAYS, wanted)
+    return like.replace(params=arrays["params"], buffers=arrays["buffers"])
+
+
+def _arrays(adapter: Adapter) -> dict[str, Any]:
+    """What goes to disk."""
+    return {"params": adapter.params, "buffers": adapter.buffers}
+
+
+def _abstract(array: Any) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and place of an array; the first device where none is given."""
+    sharding = getattr(array, "sharding", None)
+    if sharding is None:
+        # Without one Orbax would take the sharding of the machine that saved.
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """Leaves by path, ``params/encoder.query/lora_A``."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _check(directory: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises for the first array that is not on both sides alike."""
+    remedy = (
+        "restore into an adapter that init_adapter made for the same model with the same config"
+        + (f" (see {directory / _CONFIG})" if (directory / _CONFIG).is_file() else "")
+    )
+    for path, leaf in wanted.items():
+        if path not in saved:
+            raise ValueError(f"the adapter in {directory} has no '{path}'; {remedy}")
+        found = saved[path]
+        if tuple(found.shape) != tuple(leaf.shape):
+            raise ValueError(
+                f"'{path}' has shape {tuple(found.shape)} in {directory}, and "
+                f"{tuple(leaf.shape)} is expected; {remedy}"
+            )
+        if found.dtype != leaf.dtype:
+            raise ValueError(
+                f"'{path}' is {found.dtype} in {directory}, and {leaf.dtype} is expected; {remedy}"
+            )
+    for path in saved:
+        if path not in wanted:
+            raise ValueError(f"the adapter in {directory} also has '{path}'; {remedy}")

@@ -1,0 +1,111 @@
+"""Tables for the terminal and plots as PNG files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+_ADAPTED = "#1f6f8b"
+_BASELINE = "#c44536"
+_MUTED = "#8a8f98"
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and those before it, ``window`` at most.
+
+    Example:
+      >>> running_mean([1.0, 3.0, 5.0], 2)
+      [1.0, 2.0, 4.0]
+    """
+    sums = np.cumsum(np.concatenate([[0.0], np.asarray(values, np.float64)]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return list(((sums[ends] - sums[starts]) / (ends - starts)).tolist())
+
+
+def facts(title: str, rows: Mapping[str, str], *, last: Mapping[str, str] | None = None) -> Table:
+    """A table of names and values.
+
+    Args:
+      title: what the table is about.
+      rows: value by name.
+      last: more rows, below a line.
+    """
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    table.add_section()
+    for name, value in (last or {}).items():
+        table.add_row(name, value)
+    return table
+
+
+def training_curves(
+    path: str | Path,
+    *,
+    loss: Sequence[float],
+    accuracy: Sequence[float],
+    held_out: Sequence[tuple[int, float]] = (),
+    baseline: float | None = None,
+    title: str = "",
+    window: int = 20,
+) -> Path:
+    """Draws a training run as a PNG: the loss beside the accuracy.
+
+    Args:
+      path: the file to write; its directory is made if it does not exist.
+      loss: training loss of each step.
+      accuracy: accuracy on each step's own batch, between 0 and 1.
+      held_out: (step, accuracy on held-out data) wherever it was measured.
+      baseline: held-out accuracy to compare with, a dashed line.
+      title: heading of the figure.
+      window: steps in the running means.
+
+    Returns:
+      The path of the PNG.
+    """
+    # A Figure of its own, without pyplot: no backend is chosen and no global state is touched.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps = np.arange(1, len(loss) + 1)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+
+    losses.plot(steps, loss, color=_MUTED, alpha=0.45, linewidth=1, label="each step")
+    smooth = running_mean(loss, window)
+    losses.plot(steps, smooth, color=_ADAPTED, linewidth=2, label=f"mean of {window} steps")
+    losses.set_ylabel("training loss (cross-entropy)")
+    losses.set_ylim(bottom=0)
+
+    smooth = running_mean(accuracy, window)
+    label = f"training, mean of {window} steps"
+    accuracies.plot(steps, smooth, color=_MUTED, alpha=0.7, linewidth=1.2, label=label)
+    if held_out:
+        places, values = zip(*held_out, strict=True)
+        accuracies.plot(places, values, "o-", color=_ADAPTED, linewidth=2, label="held-out")
+        last = f"{values[-1]:.1%}"
+        accuracies.annotate(
+            last, (places[-1], values[-1]), xytext=(0, 8), textcoords="offset points", ha="right"
+        )
+    if baseline is not None:
+        label = f"probe on frozen features, held-out ({baseline:.1%})"
+        accuracies.axhline(baseline, color=_BASELINE, linestyle="--", label=label)
+    accuracies.set_ylabel("accuracy")
+    accuracies.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+    for axes in (losses, accuracies):
+        axes.set_xlabel("step")
+        axes.set_xlim(0, max(len(loss), 1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    return path
