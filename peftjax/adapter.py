@@ -174,6 +174,8 @@ def site_layer(adapter: Adapter, site: Site) -> Layer:
         B=spread(made.B, site, 0),
         in_scale=spread(made.in_scale, site, 1),
         out_scale=spread(made.out_scale, site, 1),
+        # A lookup has no input to drop from.
+        dropout=0.0 if site.kind == "lookup" else made.dropout,
     )
     if adapter.key is None:
         return Layer(made)

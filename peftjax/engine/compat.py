@@ -26,13 +26,9 @@ def prune(closed: Any) -> tuple[Jaxpr, list]:
     """The jaxpr without equations whose results nothing needs; inputs and outputs unchanged."""
     jaxpr, consts = open_jaxpr(closed)
     count = len(jaxpr.constvars)
-    unconstrained = jaxpr.replace(
-        constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=None
-    )
+    unconstrained = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
     pruned, _ = partial_eval.dce_jaxpr(unconstrained, True, instantiate=True)
-    return pruned.replace(
-        constvars=pruned.invars[:count], invars=pruned.invars[count:], debug_info=None
-    ), consts
+    return pruned.replace(constvars=pruned.invars[:count], invars=pruned.invars[count:]), consts
 
 
 def evaluate_plain(
@@ -40,7 +36,7 @@ def evaluate_plain(
 ) -> list:
     """Runs equations that no adapted weight enters, exactly as JAX would."""
     segment = jaxpr.replace(
-        constvars=[], invars=list(invars), outvars=list(outvars), eqns=list(eqns), debug_info=None
+        constvars=[], invars=list(invars), outvars=list(outvars), eqns=list(eqns)
     )
     return jax.core.eval_jaxpr(segment, (), *values)
 
@@ -114,4 +110,6 @@ def mesh_of(x: Any) -> Any:
 
 def varying_axes(x: Any) -> tuple[str, ...]:
     """The shard_map axes over which the value of ``x`` is known to differ."""
-    return tuple(sorted(getattr(jax.typeof(x), "vma", ())))
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    return tuple(sorted(getattr(kind, "vma", ()) if manual is None else manual.varying))

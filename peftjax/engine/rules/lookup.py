@@ -48,6 +48,8 @@ def linear(
     """The weight as a table of rows."""
     if transposed:
         return "the lookup takes columns of this weight"
+    if view.drops:
+        return "a lookup has no input to drop from"
     scaled = any(layer.factors.out_scale is not None for layer in view.layers)
     if scaled and params["fill_value"] and not np.isnan(params["fill_value"]):
         return "an out-scale would scale what the lookup fills in"

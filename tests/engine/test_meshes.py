@@ -1,0 +1,125 @@
+"""Explicit and Auto meshes, through lookups, scan and remat, and shard_map."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from models import EverythingConfig, normal, redraw
+
+from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge
+
+KEY = jax.random.key(0)
+PARAMS = {
+    "embed": normal(16, 8),
+    "layers": {"q": normal(3, 8, 4, 2, seed=1), "o": normal(3, 4, 2, 8, seed=2)},
+    "head": normal(8, 6, seed=3),
+}
+SPECS = {
+    "embed": P("model", None),
+    "layers": {"q": P(None, None, "model", None), "o": P(None, "model", None, None)},
+    "head": P(None, "model"),
+}
+IDS = jnp.arange(20, dtype=jnp.int32).reshape(4, 5) % 16
+
+
+def transformer(explicit):
+    placed = {"out_sharding": P("data", None, None)} if explicit else {}
+
+    def apply_fn(params, ids):
+        if explicit:
+            x = params["embed"].at[ids].get(**placed)
+        else:
+            x = params["embed"][ids]
+
+        def layer(x, own):
+            h = jnp.tanh(jnp.einsum("bsd,dhk->bshk", x, own["q"]))
+            return x + jnp.einsum("bshk,hkd->bsd", h, own["o"], **placed), None
+
+        x, _ = lax.scan(jax.checkpoint(layer), x, params["layers"])
+        return jnp.tanh(x) @ params["head"]
+
+    return apply_fn
+
+
+def on_mesh(kind, shape):
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind))
+    params = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), PARAMS, SPECS)
+    return mesh, params, jax.device_put(IDS, NamedSharding(mesh, P("data", None)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "config"),
+    [
+        (AxisType.Auto, (2, 2), EverythingConfig(target_modules=lambda site: True)),
+        (AxisType.Explicit, (2, 2), EverythingConfig(target_modules=lambda site: True)),
+        (AxisType.Explicit, (4, 1), LoraConfig(r=3, target_modules=lambda site: True)),
+        (AxisType.Explicit, (1, 2), LoraConfig(r=3, target_modules=lambda site: True)),
+    ],
+    ids=["auto", "explicit", "data", "model"],
+)
+def test_sharded_equals_single_device(kind, shape, config):
+    single = transformer(explicit=False)
+    sites = find_sites(single, PARAMS, IDS)
+    adapter = init_adapter(KEY, config, sites)
+    adapter = adapter.replace(params=redraw(adapter.params))
+
+    def loss(function, params, ids):
+        def scalar(trainable):
+            return jnp.sin(function(params, adapter.replace(params=trainable), ids)).sum()
+
+        return jax.value_and_grad(scalar)(adapter.params)
+
+    want, slope = jax.jit(loss, static_argnums=0)(
+        lambda p, a, ids: single(merge(p, a), ids), PARAMS, IDS
+    )
+    mesh, params, ids = on_mesh(kind, shape)
+    with jax.set_mesh(mesh):
+        model = transformer(explicit=kind is AxisType.Explicit)
+        assert dict(find_sites(model, params, ids)) == dict(sites)
+
+        @jax.jit
+        def compare(params, ids):
+            merged = model(merge(params, adapter), ids)
+            return *loss(adapt(model, on_fallback="error"), params, ids), jnp.sin(merged).sum()
+
+        got, own_slope, by_merging = compare(params, ids)
+    assert abs(float(got - want)) < 1e-4
+    assert abs(float(by_merging - want)) < 1e-4
+    for a, b in zip(jax.tree.leaves(own_slope), jax.tree.leaves(slope), strict=True):
+        assert float(jnp.abs(a - b).max()) < 1e-5 * max(1.0, float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_dropout_on_a_mesh(kind):
+    config = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.5, target_modules=lambda site: True)
+    mesh, params, ids = on_mesh(kind, (2, 2))
+    with jax.set_mesh(mesh):
+        model = transformer(explicit=kind is AxisType.Explicit)
+        adapter = init_adapter(KEY, config, find_sites(model, params, ids))
+        adapter = adapter.replace(params=redraw(adapter.params))
+        dry = jax.jit(adapt(model))(params, adapter, ids)
+        wet = jax.jit(adapt(model))(params, adapter.train(KEY), ids)
+    assert jnp.isfinite(wet).all()
+    assert float(jnp.abs(wet - dry).max()) > 1e-2
+
+
+def test_shard_map_drops_differently_on_every_shard_of_the_batch():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    @jax.jit
+    def apply_fn(params, x):
+        return jax.shard_map(
+            lambda w, x: x @ w, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+        )(params["w"], x)
+
+    row = normal(1, 40, std=1)
+    params, x = {"w": normal(40, 5)}, jnp.concatenate([row, row])
+    config = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.5, target_modules=["w"])
+    adapter = init_adapter(KEY, config, find_sites(apply_fn, params, x))
+    adapter = adapter.replace(params=redraw(adapter.params))
+    dry = adapt(apply_fn)(params, adapter, x)
+    assert float(jnp.abs(dry[0] - dry[1]).max()) < 1e-6
+    wet = adapt(apply_fn)(params, adapter.train(KEY), x)
+    assert float(jnp.abs(wet[0] - wet[1]).max()) > 1e-2

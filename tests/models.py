@@ -1,0 +1,114 @@
+"""Small models and helpers that several tests share."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from peftjax.config import AdapterConfig
+from peftjax.factors import Factors, Method
+
+
+def normal(*shape, seed=0, std=0.3, dtype=jnp.float32):
+    return jnp.asarray(std * np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def redraw(tree, seed=7):
+    """The tree's arrays, all drawn again with std 0.3: default inits hide errors."""
+    leaves, structure = jax.tree.flatten(tree)
+    drawn = [
+        normal(*x.shape, seed=seed + i, dtype=x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else x
+        for i, x in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def mlp(params, x):
+    """Two dense layers with biases: ``up`` and ``down``."""
+    h = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"][None])
+    return h @ params["down"]["kernel"] + params["down"]["bias"][None]
+
+
+def mlp_params(dtype=jnp.float32):
+    return {
+        "up": {"kernel": normal(6, 9, dtype=dtype), "bias": normal(9, seed=1, dtype=dtype)},
+        "down": {
+            "kernel": normal(9, 5, seed=2, dtype=dtype),
+            "bias": normal(5, seed=3, dtype=dtype),
+        },
+    }
+
+
+def scanned(params, x):
+    """Four scanned and rematerialised residual layers: ``layers.up`` and ``layers.down``."""
+
+    def layer(x, own):
+        h = jnp.tanh(x @ own["up"]["kernel"] + own["up"]["bias"][None])
+        return x + h @ own["down"]["kernel"], None
+
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return lax.scan(jax.checkpoint(layer, policy=policy), x, params["layers"])[0]
+
+
+def scanned_params(layers=4, dtype=jnp.float32):
+    return {
+        "layers": {
+            "up": {
+                "kernel": normal(layers, 6, 9, dtype=dtype),
+                "bias": normal(layers, 9, seed=1, dtype=dtype),
+            },
+            "down": {"kernel": normal(layers, 9, 6, seed=2, dtype=dtype)},
+        }
+    }
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, those of nested jaxprs included."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield eqn
+        for inner in jex.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def named(jaxpr, *names):
+    """The equations of these primitives."""
+    return [eqn for eqn in equations(jaxpr) if eqn.primitive.name in names]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EverythingConfig(AdapterConfig):
+    """A family that uses every part of the factors: what a scale could break shows with it."""
+
+    peft_type: ClassVar[str] = "EVERYTHING"
+    rank: int = 2
+    dropout: float = 0.0
+
+
+def _init(key, config, spec, settings, weight):
+    keys = jax.random.split(key, 4)
+    taps = spec.in_shape[:-1] if spec.kind == "conv" else ()
+    # A scale that differed between the taps of a kernel would be no scale of its input.
+    in_scale = (*(1 for _ in taps), *spec.in_shape[len(taps) :])
+    shapes = {
+        "A": (*spec.in_shape, config.rank),
+        "B": (config.rank, *spec.out_shape),
+        "in_scale": in_scale,
+        "out_scale": spec.out_shape,
+    }
+    return {
+        name: jax.random.normal(key, shape, spec.dtype)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }, {}
+
+
+EverythingConfig.method = Method(
+    settings=lambda config, site, layer: None,
+    init=_init,
+    factors=lambda config, params, buffers: Factors(**params, dropout=config.dropout),
+)
