@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax import nnx
 
 
@@ -61,7 +62,8 @@ class NnxApply:
         Without ``state`` the model starts from ``self.state`` and what it changes is dropped. With
         it, the result is the output and the changed state, for the next call.
         """
-        start = self.state if state is None else state
+        # New variables, which belong to the trace that this call is in and so may change.
+        start = jax.tree.map(lambda x: x, self.state if state is None else state)
         model = nnx.merge(self.graph, nnx.State(params), start)
         out = model(*args, **kwargs)
         if state is None:

@@ -28,7 +28,7 @@ def block(params, x, biases=None):
 
     def dense(name, x):
         y = x @ params[name]["kernel"]
-        return y if biases is None else y + biases[name].astype(y.dtype)
+        return y if biases is None else y + biases[name].astype(y.dtype)[None, None]
 
     def norm(name, x):
         square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)

@@ -1,0 +1,117 @@
+"""LoRA's starts: what is drawn, what is taken from the weight, and what is the identity."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import normal
+
+from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge
+
+KEY = jax.random.key(0)
+
+
+def start(init, r=4, shape=(200, 300), alpha=5, **fields):
+    params = {"w": normal(*shape)}
+    sites = find_sites(lambda p, x: x @ p["w"], params, jnp.ones((1, shape[0])))
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, init_lora_weights=init, target_modules=["w"], **fields
+    )
+    return params, init_adapter(KEY, config, sites, params)
+
+
+def test_default_is_kaiming_uniform_and_zero():
+    _, adapter = start(True)
+    a, b = adapter.params["w"]["lora_A"], adapter.params["w"]["lora_B"]
+    bound = 1 / math.sqrt(200)
+    assert float(jnp.abs(a).max()) <= bound
+    assert abs(float(a.std()) - bound / math.sqrt(3)) < 0.05 * bound
+    assert not b.any()
+
+
+def test_gaussian_has_std_one_over_rank():
+    _, adapter = start("gaussian")
+    assert abs(float(adapter.params["w"]["lora_A"].std()) - 1 / 4) < 0.02
+    assert not adapter.params["w"]["lora_B"].any()
+
+
+def test_false_is_not_the_identity():
+    params, adapter = start(False)
+    b = adapter.params["w"]["lora_B"]
+    assert abs(float(jnp.abs(b).max()) - 1 / math.sqrt(4)) < 0.01
+    assert float(jnp.abs(merge(params, adapter)["w"] - params["w"]).max()) > 1e-2
+
+
+def test_orthogonal_factors_cancel():
+    params, adapter = start("orthogonal")
+    own = adapter.params["w"]
+    assert float(jnp.abs(own["lora_A"]).min()) > 0
+    assert float(jnp.abs(own["lora_B"]).max()) > 0
+    np.testing.assert_allclose(own["lora_A"] @ own["lora_B"], 0, atol=1e-6)
+
+
+def test_a_table_starts_from_zero_rows():
+    params, ids = {"table": normal(12, 5)}, jnp.arange(3)
+    sites = find_sites(lambda p, ids: p["table"][ids], params, ids)
+    adapter = init_adapter(KEY, LoraConfig(r=64, target_modules=["table"]), sites)
+    assert not adapter.params["table"]["lora_A"].any()
+    assert abs(float(adapter.params["table"]["lora_B"].std()) - 1) < 0.15
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_8", "olora"])
+def test_factors_out_of_the_weight_start_as_the_identity(init):
+    params, adapter = start(init)
+    own, kept = adapter.params["w"], adapter.buffers["w"]
+    np.testing.assert_array_equal(own["lora_A"], kept["lora_A_init"])
+    np.testing.assert_array_equal(own["lora_B"], kept["lora_B_init"])
+    x = normal(3, 200, std=1)
+    got = adapt(lambda p, x: x @ p["w"])(params, adapter, x)
+    np.testing.assert_allclose(got, x @ params["w"], atol=1e-4)
+
+
+def test_pissa_is_the_best_approximation():
+    """s A B is the weight's own best approximation of that rank, split evenly."""
+    params, adapter = start("pissa", use_rslora=True)
+    own, scaling = adapter.params["w"], adapter.buffers["w"]["scaling"]
+    u, s, vt = np.linalg.svd(np.asarray(params["w"], np.float64), full_matrices=False)
+    best = (u[:, :4] * s[:4]) @ vt[:4]
+    assert float(scaling) == pytest.approx(5 / 2)
+    np.testing.assert_allclose(scaling * own["lora_A"] @ own["lora_B"], best, atol=1e-4)
+    norms = [np.linalg.norm(own["lora_A"], axis=0), np.linalg.norm(own["lora_B"], axis=1)]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
+
+
+def test_randomised_pissa_comes_close():
+    (_, exact), (_, fast) = start("pissa", shape=(60, 40)), start("pissa_niter_16", shape=(60, 40))
+    products = [a.params["w"]["lora_A"] @ a.params["w"]["lora_B"] for a in (exact, fast)]
+    np.testing.assert_allclose(products[1], products[0], atol=2e-2)
+
+
+def test_olora_takes_the_orthonormal_basis():
+    """In torch's layout W = Q R; B is the first columns of Q, A the first rows of R."""
+    params, adapter = start("olora")
+    own = adapter.params["w"]
+    np.testing.assert_allclose(own["lora_B"] @ own["lora_B"].T, np.eye(4), atol=1e-5)
+    projected = params["w"] @ own["lora_B"].T
+    np.testing.assert_allclose(own["lora_A"], projected, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_base_is_never_changed(init):
+    """PEFT subtracts the initial factors from the weight; here they stay in the buffers."""
+    params, adapter = start(init)
+    before = np.array(params["w"])
+    moved = adapter.replace(params=jax.tree.map(lambda x: x + 0.1, adapter.params))
+    merged = merge(params, moved)["w"]
+    np.testing.assert_array_equal(params["w"], before)
+    own, kept = moved.params["w"], adapter.buffers["w"]
+    change = own["lora_A"] @ own["lora_B"] - kept["lora_A_init"] @ kept["lora_B_init"]
+    np.testing.assert_allclose(merged - before, kept["scaling"] * change, atol=1e-3)
+
+
+@pytest.mark.parametrize(("rslora", "want"), [(False, 5 / 4), (True, 5 / 2)])
+def test_scaling(rslora, want):
+    _, adapter = start(True, use_rslora=rslora)
+    assert float(adapter.buffers["w"]["scaling"]) == pytest.approx(want)

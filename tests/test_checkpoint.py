@@ -1,0 +1,141 @@
+"""Adapters on disk: what goes in comes out, and what does not fit is refused by name."""
+
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import peftjax
+from peftjax import checkpoint
+from peftjax.adapter import Adapter
+
+
+def apply_fn(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    hidden = jnp.tanh(x @ params["up"]["kernel"])
+    return hidden @ params["down"]["kernel"] + params["down"]["bias"][None]
+
+
+def adapter_of(width: int = 6, rank: int = 2, targets: tuple[str, ...] = ("up", "down")) -> Adapter:
+    keys = jax.random.split(jax.random.key(3), 2)
+    params = {
+        "up": {"kernel": jax.random.normal(keys[0], (4, width))},
+        "down": {"kernel": jax.random.normal(keys[1], (width, 5)), "bias": jnp.zeros(5)},
+    }
+    sites = peftjax.find_sites(apply_fn, params, jnp.ones((3, 4)))
+    config = peftjax.LoraConfig(r=rank, lora_alpha=5, target_modules=list(targets))
+    return peftjax.init_adapter(jax.random.key(0), config, sites, params)
+
+
+def trained(adapter: Adapter) -> Adapter:
+    """The adapter with other numbers than it was made with."""
+    return adapter.replace(params=jax.tree.map(lambda array: array + 0.5, adapter.params))
+
+
+def assert_same(found: Adapter, expected: Adapter) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    adapter = trained(adapter_of())
+    place = checkpoint.save_adapter(tmp_path / "adapter", adapter)
+    assert_same(checkpoint.restore_adapter(place, adapter_of()), adapter)
+
+
+def test_shapes_are_enough_to_restore(tmp_path: Path) -> None:
+    adapter = trained(adapter_of())
+    checkpoint.save_adapter(tmp_path, adapter)
+    like = jax.eval_shape(adapter_of)
+    assert_same(checkpoint.restore_adapter(tmp_path, like), adapter)
+
+
+def test_half_precision_comes_back(tmp_path: Path) -> None:
+    adapter = adapter_of()
+    adapter = adapter.replace(
+        params=jax.tree.map(lambda array: array.astype(jnp.bfloat16), adapter.params)
+    )
+    checkpoint.save_adapter(tmp_path, adapter)
+    assert_same(checkpoint.restore_adapter(tmp_path, adapter), adapter)
+
+
+def test_sharding_of_like_is_the_sharding_of_the_result(tmp_path: Path) -> None:
+    adapter = adapter_of()
+    checkpoint.save_adapter(tmp_path, adapter)
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+    like = adapter.replace(params=jax.device_put(adapter.params, there))
+    found = checkpoint.restore_adapter(tmp_path, like)
+    assert all(leaf.sharding == there for leaf in jax.tree.leaves(found.params))
+
+
+def test_saving_again_replaces_and_leaves_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    checkpoint.save_adapter(tmp_path, adapter_of())
+    adapter = trained(adapter_of())
+    checkpoint.save_adapter(tmp_path, adapter)
+    assert_same(checkpoint.restore_adapter(tmp_path, adapter_of()), adapter)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_config_lies_beside_the_arrays(tmp_path: Path) -> None:
+    adapter = adapter_of()
+    checkpoint.save_adapter(tmp_path, adapter)
+    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert found["r"] == 2
+    assert found["lora_alpha"] == 5
+
+
+@pytest.mark.parametrize(
+    ("like", "message"),
+    [
+        (lambda: adapter_of(width=7), r"shape \(.*6.*and \(.*7"),
+        (lambda: adapter_of(rank=3), r"lora_.*shape"),
+        (lambda: adapter_of(targets=("up",)), r"also has '.*/down/"),
+    ],
+)
+def test_another_adapter_is_refused_by_name(tmp_path: Path, like: Any, message: str) -> None:
+    checkpoint.save_adapter(tmp_path, adapter_of())
+    with pytest.raises(ValueError, match=message) as caught:
+        checkpoint.restore_adapter(tmp_path, like())
+    assert "init_adapter" in str(caught.value)
+
+
+def test_a_missing_module_is_named(tmp_path: Path) -> None:
+    checkpoint.save_adapter(tmp_path, adapter_of(targets=("up",)))
+    with pytest.raises(ValueError, match=r"has no '.*/down/"):
+        checkpoint.restore_adapter(tmp_path, adapter_of())
+
+
+def test_another_dtype_is_refused(tmp_path: Path) -> None:
+    adapter = adapter_of()
+    checkpoint.save_adapter(tmp_path, adapter)
+    half = jax.tree.map(lambda array: array.astype(jnp.bfloat16), adapter.params)
+    with pytest.raises(ValueError, match=r"is float32 .* bfloat16 is expected"):
+        checkpoint.restore_adapter(tmp_path, adapter.replace(params=half))
+
+
+def test_an_empty_directory_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="save_adapter"):
+        checkpoint.restore_adapter(tmp_path, adapter_of())
+
+
+def test_nothing_is_logged_as_a_warning(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.WARNING)
+    for name in (None, "absl"):
+        logging.getLogger(name).addHandler(handler)
+    try:
+        checkpoint.save_adapter(tmp_path, adapter_of())
+        checkpoint.restore_adapter(tmp_path, adapter_of())
+    finally:
+        for name in (None, "absl"):
+            logging.getLogger(name).removeHandler(handler)
+    assert stream.getvalue() == ""

@@ -1,0 +1,238 @@
+"""The contract: every adapter method on every model of the zoo, against merging.
+
+``apply_fn(merge(params, adapter), ...)`` is the oracle. A new method is a new row of METHODS, a new
+way of using a weight is a new case of the zoo.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from zoo import CASES, Case, Expected
+
+from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge, unmerge
+
+
+class Method(NamedTuple):
+    """One row of the contract.
+
+    Attributes:
+      name: names the method in test ids.
+      config: a config for given ``target_modules``.
+      accepts: whether the method can be used on a site.
+      identity: whether an adapter changes nothing at the start.
+      everywhere: whether it runs on every case, or on one of each kind.
+    """
+
+    name: str
+    config: Callable[..., Any]
+    accepts: Callable[[Expected], bool] = lambda site: True
+    identity: bool = True
+    everywhere: bool = True
+
+
+# alpha never equals r: a forgotten scale must show.
+lora = functools.partial(LoraConfig, r=3, lora_alpha=5)
+
+METHODS = [
+    Method("lora", lora),
+    Method("lora_pissa", functools.partial(lora, init_lora_weights="pissa")),
+    Method(
+        "lora_bias",
+        functools.partial(lora, lora_bias=True, use_rslora=True),
+        accepts=lambda site: site.bias is not None,
+    ),
+    # Beyond its start this is the first row again.
+    Method(
+        "lora_gaussian",
+        functools.partial(lora, init_lora_weights="gaussian", use_rslora=True),
+        everywhere=False,
+    ),
+]
+
+KINDS = {
+    "linen_dense",
+    "linen_conv2d",
+    "linen_grouped_conv",
+    "linen_tied_embedding",
+    "linen_scan_axis1_remat",
+    "einsum_attention",
+    "moe_einsum",
+    "moe_ragged_dot",
+}
+
+
+def rows(everywhere: Callable[[Method], bool]) -> list[Any]:
+    return [
+        pytest.param(method, case, id=f"{method.name}-{case.name}")
+        for method in METHODS
+        for case in CASES
+        if any(map(method.accepts, case.sites.values()))
+        if everywhere(method) or case.name in KINDS
+    ]
+
+
+class Numbers(NamedTuple):
+    """What one adapter makes of a model, on both ways."""
+
+    base: Any
+    adapted: Any
+    adapted_slope: Any
+    merged: Any
+    merged_slope: Any
+    merged_params: Any
+    unmerged_params: Any
+
+
+def normal(tree: Any, std: float) -> Any:
+    """Arrays of a tree's shapes; always the same ones."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(std * rng.normal(size=x.shape), x.dtype), tree)
+
+
+def cast(tree: Any, dtype: Any) -> Any:
+    def one(leaf):
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, tree)
+
+
+def error(got: Any, want: Any) -> float:
+    """The largest difference of two trees, relative to the largest value of the second."""
+    got, want = (
+        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+        for tree in (got, want)
+    )
+    assert np.isfinite(want).all()
+    return np.abs(got - want).max() / np.abs(want).max()
+
+
+def prepare(method: Method, case: Case, dtype: Any):
+    """A model, and the method's adapter for it."""
+    apply_fn, params, args = case.build(jax.random.key(1), dtype)
+    targets = case.targets
+    if not all(method.accepts(site) for site in case.sites.values()):
+        names = {name for name, site in case.sites.items() if method.accepts(site)}
+        targets = lambda site: site.name in names  # noqa: E731
+    sites = find_sites(apply_fn, params, *args)
+    config = method.config(target_modules=targets)
+    return apply_fn, params, args, init_adapter(jax.random.key(2), config, sites, params)
+
+
+def differentiate(case: Case, function: Callable[[Any], Any], trainable: Any) -> tuple[Any, Any]:
+    """Outputs of a function, and their derivative in every trainable number."""
+    if case.autodiff == "forward":
+        return jax.jvp(function, (trainable,), (normal(trainable, 1),))
+
+    def projection(trainable):
+        outputs = function(trainable)
+        products = jax.tree.map(lambda x, w: jnp.sum(x * w), outputs, normal(outputs, 1))
+        return sum(jax.tree.leaves(products)), outputs
+
+    slope, outputs = jax.grad(projection, has_aux=True)(trainable)
+    return outputs, slope
+
+
+def comparison(case: Case, apply_fn: Callable[..., Any]) -> Callable[..., Numbers]:
+    """All that one row compares, in one function that may be traced once."""
+    adapted = adapt(apply_fn)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def compare(params, adapter, args):
+        def on_the_fly(trainable):
+            return adapted(params, adapter.replace(params=trainable), *args)
+
+        def by_merging(trainable):
+            return apply_fn(merge(params, adapter.replace(params=trainable)), *args)
+
+        merged_params = merge(params, adapter)
+        return Numbers(
+            apply_fn(params, *args),
+            *differentiate(case, on_the_fly, adapter.params),
+            *differentiate(case, by_merging, adapter.params),
+            merged_params,
+            unmerge(merged_params, adapter),
+        )
+
+    # chex counts by source line, and every row has this one.
+    chex.clear_trace_counter()
+    return compare
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    inner = [jex.jaxprs_in_params(eqn.params) for eqn in jaxpr.eqns]
+    own = {eqn.primitive.name for eqn in jaxpr.eqns}
+    return own.union(*(primitives(getattr(one, "jaxpr", one)) for some in inner for one in some))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sites(case):
+    # In half precision even the casts of a mixed-precision model are in its trace.
+    with case.rules():
+        apply_fn, *inputs = case.build(jax.random.key(0), jnp.bfloat16)
+        params, args = jax.eval_shape(lambda: inputs)
+        missing = set(case.contains) - primitives(jax.make_jaxpr(apply_fn)(params, *args).jaxpr)
+        assert not missing, "the case is not what it says it is"
+        sites = find_sites(apply_fn, params, *args)
+    found = {
+        name: Expected(s.kind, s.in_axes, s.out_axes, s.stack_axes, s.bias, s.groups)
+        for name, s in sites.items()
+    }
+    assert found == case.sites
+    reasons = {name: [use.fallback for use in uses if use.fallback] for name, uses in sites.uses}
+    assert {name for name, some in reasons.items() if some} == case.fallback, reasons
+
+
+def check(method: Method, case: Case, dtype: Any, tolerance: float):
+    """Holds an adapter against merging, as it starts and with every trainable number drawn."""
+    apply_fn, params, args, adapter = prepare(method, case, dtype)
+    compare = comparison(case, apply_fn)
+
+    start = compare(params, adapter, args)
+    if method.identity:
+        assert error(start.adapted, start.base) < tolerance
+    assert error(start.adapted_slope, start.merged_slope) < tolerance
+
+    drawn = compare(params, adapter.replace(params=normal(adapter.params, 0.3)), args)
+    assert error(drawn.adapted, drawn.merged) < tolerance
+    assert error(drawn.adapted_slope, drawn.merged_slope) < tolerance
+    assert error(drawn.adapted, drawn.base) > 0.05, "an adapter that does nothing agrees too"
+    # What is left of a weight is what rounding left of the sum.
+    scale = error(drawn.merged_params, params) + 1
+    assert error(drawn.unmerged_params, params) < tolerance * scale
+    return compare, adapter
+
+
+@pytest.mark.parametrize(("method", "case"), rows(lambda method: method.everywhere))
+def test_double_precision(method, case):
+    with jax.enable_x64(True), case.rules():
+        check(method, case, jnp.float64, 1e-10)
+
+
+# A wrong formula shows in double precision. What less of it can break is how the engine handles
+# types, and the first method proves that on every case.
+@pytest.mark.parametrize(("method", "case"), rows(lambda method: method is METHODS[0]))
+def test_single_and_half_precision(method, case):
+    with case.rules():
+        compare, single = check(method, case, jnp.float32, 1e-5)
+
+        apply_fn, params, args, adapter = prepare(method, case, jnp.bfloat16)
+        adapter = adapter.replace(params=normal(adapter.params, 0.3))
+        half = comparison(case, apply_fn)(params, adapter, args)
+        single = single.replace(params=adapter.params, buffers=adapter.buffers)
+        exact = compare(*cast((params, single, args), jnp.float32))
+
+    # One rounding is 2^-9, and a model of a few layers makes some more of it. Merging makes its
+    # own, in the merged weight, so both are held against the same numbers in single precision.
+    for got, merged, truth in (
+        (half.adapted, half.merged, exact.merged),
+        (half.adapted_slope, half.merged_slope, exact.merged_slope),
+    ):
+        assert error(got, truth) < max(3e-2, 2 * error(merged, truth))

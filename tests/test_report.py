@@ -1,0 +1,44 @@
+"""Tables and plots."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from peftjax import report
+
+
+def test_running_mean_covers_what_there_is() -> None:
+    assert report.running_mean([2.0, 4.0, 6.0, 8.0], 3) == [2.0, 3.0, 4.0, 6.0]
+    assert report.running_mean([], 3) == []
+
+
+def test_facts_show_all_rows() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(report.facts("sizes", {"one": "1 kB", "two": "2 kB"}, last={"all": "3 kB"}))
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    for word in ("sizes", "one", "2 kB", "all", "3 kB"):
+        assert word in shown
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_training_curves_are_a_png(tmp_path: Path, steps: int) -> None:
+    pytest.importorskip("matplotlib")
+    path = report.training_curves(
+        tmp_path / "deep" / "curves.png",
+        loss=[1 / step for step in range(1, steps + 1)],
+        accuracy=[0.5] * steps,
+        held_out=[(0, 0.4), (steps, 0.6)],
+        baseline=0.4,
+        title="a run",
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plots_leave_pyplot_alone(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    before = matplotlib.rcParams._get("backend")
+    report.training_curves(tmp_path / "curves.png", loss=[1.0], accuracy=[0.5])
+    assert matplotlib.rcParams._get("backend") is before
