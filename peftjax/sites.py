@@ -249,7 +249,9 @@ def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
         jax.make_jaxpr(marked)(arrays)
         return list(state.records.values()), heads
 
-    floats = [i for i, x in enumerate(leaves.values()) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    floats = [
+        i for i, x in enumerate(leaves.values()) if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
     every = tuple(Leaf(path, tuple(x.shape), np.dtype(x.dtype)) for path, x in leaves.items())
     # The first replay finds what each weight does, the second how each use will be adapted.
     records, heads = trace(dict.fromkeys(floats))

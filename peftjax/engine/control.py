@@ -39,8 +39,8 @@ def _jit(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) -> 
         body.__name__ = body.__qualname__ = eqn.params["name"]
         trace.bodies[key] = jax.jit(body), inner
     call, inner = trace.bodies[key]
-    calls = trace.count(eqn)
-    outs = call(*[fold_in(x, calls) if isinstance(x, View) else x for x in shared])
+    number = trace.number(eqn)
+    outs = call(*[fold_in(x, number) if isinstance(x, View) else x for x in shared])
     trace.absorb(eqn, inner, leaves)
     outs = [_relabel(x, leaves.__getitem__) for x in outs]
     return _constrain(outs, eqn.params["out_shardings"])

@@ -141,8 +141,8 @@ def _use(
     if isinstance(plan, str):
         return plan
     use, x = plan
-    before = trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, ""))
-    return [apply(use, fold_in(view, before).layers, x).astype(out.dtype)]
+    trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, ""))
+    return [apply(use, fold_in(view, trace.number(eqn)).layers, x).astype(out.dtype)]
 
 
 def _seen(leaf: int, axes: Axes, usage: Sequence[Role], rule: Rule, eqn: compat.Eqn) -> Seen:
@@ -166,9 +166,10 @@ def _join(operands: list[Any], values: list[Any]) -> list[Any]:
     views = [operand for operand in operands if isinstance(operand, View)]
     if len(values) != 1 or len(views) != len(operands) or views[0].roles is not None:
         return values
-    (value,), first = values, views[0]
-    alike = all(view.axes == first.axes and view.base.ndim == value.ndim for view in views)
-    if not alike or not jnp.issubdtype(value.dtype, jnp.inexact):
+    (value,), first = values, max(views, key=lambda view: view.base.ndim)
+    if value.ndim != first.base.ndim or not jnp.issubdtype(value.dtype, jnp.inexact):
         return values
-    leaves = dict.fromkeys(leaf for view in views for leaf in (view.leaf, *view.joined))
-    return [dataclasses.replace(first, base=value, joined=tuple(leaves)[1:])]
+    alike = [view for view in views if view.axes == first.axes]
+    leaves = dict.fromkeys(leaf for view in alike for leaf in (view.leaf, *view.joined))
+    del leaves[first.leaf]
+    return [dataclasses.replace(first, base=value, joined=tuple(leaves))]

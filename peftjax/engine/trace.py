@@ -63,7 +63,7 @@ class Trace:
       strict: whether to raise rather than build a merged weight.
       records: what was seen, by where it was seen: JAX may trace one loop body twice.
       bodies: jitted functions replayed so far, by their jaxpr and what was marked.
-      calls: the number of each jitted call, by equation.
+      numbers: the number of each use and call, by equation; dropout folds it into its key.
     """
 
     names: Sequence[str]
@@ -72,18 +72,15 @@ class Trace:
     bodies: dict[tuple, tuple[Callable[..., list[Any]], "Trace"]] = dataclasses.field(
         default_factory=dict
     )
-    calls: dict[int, int] = dataclasses.field(default_factory=dict)
+    numbers: dict[int, int] = dataclasses.field(default_factory=dict)
 
-    def note(self, eqn: Eqn | None, record: Record) -> int:
-        """Keeps a record; returns how many uses of the leaf were seen before this one."""
-        key = (id(eqn), type(record), record.leaf)
-        self.records[key] = record
-        same = [k for k, r in self.records.items() if (type(r), r.leaf) == key[1:]]
-        return same.index(key)
+    def note(self, eqn: Eqn | None, record: Record) -> None:
+        """Keeps a record."""
+        self.records[(id(eqn), type(record), record.leaf)] = record
 
-    def count(self, eqn: Eqn) -> int:
-        """How many jitted calls were replayed before this one."""
-        return self.calls.setdefault(id(eqn), len(self.calls))
+    def number(self, eqn: Eqn) -> int:
+        """A number of its own for every use and call, the same if its equation is traced again."""
+        return self.numbers.setdefault(id(eqn), len(self.numbers))
 
     def inner(self, leaves: Sequence[int]) -> "Trace":
         """The trace of a body that several calls share, in which leaves are numbered anew."""
