@@ -1,0 +1,143 @@
+"""Finding sites: what the zoo does not cover. Names, heads, tables, weights made of weights."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from models import mlp, mlp_params, normal, redraw, scanned, scanned_params
+
+from peftjax import LoraConfig, NoMatchingModuleError, adapt, find_sites, init_adapter, merge
+
+KEY = jax.random.key(0)
+X = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+
+
+def test_shapes_are_enough():
+    params = jax.eval_shape(mlp_params)
+    assert dict(find_sites(mlp, params, X)) == dict(find_sites(mlp, mlp_params(), normal(4, 6)))
+
+
+def test_the_table():
+    lines = str(find_sites(scanned, scanned_params(), X)).splitlines()
+    assert lines[0].split() == ["module", "kind", "shape", "in", "out", "stacked", "bias", "uses"]
+    assert lines[2].split() == ["layers.down", "dense", *"4 x 9 x 6".split(), "1", "2", "0", "1"]
+    assert lines[3].split()[-2:] == ["bias", "1"]
+
+
+def test_nothing_found_prints_its_header():
+    sites = find_sites(lambda params, x: x + params["b"][None], {"b": normal(6)}, X)
+    assert len(sites) == 0
+    assert str(sites).startswith("module")
+
+
+def test_sites_are_a_hashable_mapping():
+    one, two = (find_sites(mlp, mlp_params(), X) for _ in range(2))
+    assert hash(one) == hash(two)
+    assert one == two
+    assert list(one) == ["down", "up"]
+    assert one["up"].in_size == 6
+    assert "middle" not in one
+
+
+class TestNames:
+    def test_two_weights_of_one_module_keep_their_own_names(self):
+        params = {"attn": {"wq": normal(6, 6), "wo": normal(6, 6), "scale": normal(6)}}
+
+        def apply_fn(params, x):
+            own = params["attn"]
+            return (x * own["scale"][None]) @ own["wq"] @ own["wo"]
+
+        assert list(find_sites(apply_fn, params, X)) == ["attn.wo", "attn.wq"]
+
+    def test_lists_count_and_slashes_are_dots(self):
+        params = [{"mlp/~/linear_0": {"w": normal(6, 6)}}, {"w": normal(6, 6)}]
+
+        def apply_fn(params, x):
+            return x @ params[0]["mlp/~/linear_0"]["w"] @ params[1]["w"]
+
+        assert list(find_sites(apply_fn, params, X)) == ["0.mlp.~.linear_0", "1"]
+
+    def test_two_arrays_of_one_path(self):
+        params = {"a.b": normal(6, 6), "a": {"b": normal(6, 6)}}
+        with pytest.raises(ValueError, match=r"two arrays of the params have the path 'a\.b'"):
+            find_sites(lambda p, x: x @ p["a.b"] @ p["a"]["b"], params, X)
+
+
+class TestHeads:
+    @staticmethod
+    def language_model(params, ids):
+        x = params["embed"][ids]
+        x = jnp.tanh(x @ params["mlp"])
+        return 0.5 * (x @ params["head"])[:, -1:].astype(jnp.float32)
+
+    def params(self):
+        return {"embed": normal(11, 6), "mlp": normal(6, 6), "head": normal(6, 11)}
+
+    def test_a_head_is_what_reaches_the_output(self):
+        sites = find_sites(self.language_model, self.params(), jnp.zeros((2, 3), jnp.int32))
+        assert {site.name for site in sites.values() if site.is_head} == {"head"}
+
+    def test_all_linear_leaves_out_heads_and_lookups(self):
+        sites = find_sites(self.language_model, self.params(), jnp.zeros((2, 3), jnp.int32))
+        adapter = init_adapter(KEY, LoraConfig(target_modules="all-linear"), sites)
+        assert list(adapter.sites) == ["mlp"]
+
+    def test_without_a_lookup_there_is_no_head_to_leave_out(self):
+        sites = find_sites(mlp, mlp_params(), X)
+        assert sites["down"].is_head
+        adapter = init_adapter(KEY, LoraConfig(target_modules="all-linear"), sites)
+        assert list(adapter.sites) == ["down", "up"]
+
+    def test_an_activation_ends_it(self):
+        sites = find_sites(lambda p, x: jnp.tanh(x @ p["w"]), {"w": normal(6, 5)}, X)
+        assert not sites["w"].is_head
+
+
+class TestWeightsOfWeights:
+    """A use of something made of weights alone is a use of those weights, merged first."""
+
+    @pytest.mark.parametrize(
+        ("make", "names"),
+        [
+            (lambda p: jnp.tanh(p["w"]), "w"),
+            (lambda p: p["w"] * p["g"][None], "wg"),
+            (lambda p: p["w"] + p["v"], "wv"),
+            (lambda p: jnp.concatenate([p["w"], p["v"]], axis=1), "wv"),
+        ],
+        ids=["function", "gain", "sum", "concatenated"],
+    )
+    def test_it_is_found_and_exact(self, make, names):
+        every = {"w": normal(6, 5), "v": normal(6, 5, seed=1), "g": normal(5, seed=2)}
+        params = {name: every[name] for name in names}
+
+        def apply_fn(params, x):
+            return x @ make(params)
+
+        sites = find_sites(apply_fn, params, X)
+        assert sites["w"].in_axes == (0,)
+        assert all(use.fallback for use in dict(sites.uses)["w"])
+        adapter = init_adapter(KEY, LoraConfig(target_modules=["w"]), sites)
+        adapter = adapter.replace(params=redraw(adapter.params))
+        x = normal(4, 6, seed=5)
+        got, want = adapt(apply_fn)(params, adapter, x), apply_fn(merge(params, adapter), x)
+        assert float(jnp.abs(got - want).max()) < 1e-5
+        assert float(jnp.abs(got - apply_fn(params, x)).max()) > 1e-2
+
+
+def test_a_weight_that_is_no_linear_one_says_so():
+    params = {"dense": {"kernel": normal(6, 5)}, "norm": {"scale": normal(6)}}
+
+    def apply_fn(params, x):
+        return (x * params["norm"]["scale"][None]) @ params["dense"]["kernel"]
+
+    sites = find_sites(apply_fn, params, X)
+    with pytest.raises(NoMatchingModuleError, match="norm"):
+        init_adapter(KEY, LoraConfig(target_modules=["norm"]), sites)
+
+
+def test_integer_leaves_and_things_that_are_no_arrays_are_no_sites():
+    params = {"w": normal(6, 6), "table": jnp.arange(12).reshape(6, 2), "name": "x", "none": None}
+
+    def apply_fn(params, x):
+        return (x @ params["w"])[:, params["table"][:, 0] % 6]
+
+    assert list(find_sites(apply_fn, params, X)) == ["w"]
