@@ -14,6 +14,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import EverythingConfig
 from zoo import CASES, Case, Expected
 
 from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge, unmerge
@@ -48,6 +49,8 @@ METHODS = [
         functools.partial(lora, lora_bias=True, use_rslora=True),
         accepts=lambda site: site.bias is not None,
     ),
+    # No method of its own, but every part of the factors at once.
+    Method("everything", EverythingConfig, identity=False),
     # Beyond its start this is the first row again.
     Method(
         "lora_gaussian",
@@ -210,9 +213,10 @@ def check(method: Method, case: Case, dtype: Any, tolerance: float):
     return compare, adapter
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("method", "case"), rows(lambda method: method.everywhere))
 def test_double_precision(method, case):
-    with jax.enable_x64(True), case.rules():
+    with case.rules():
         check(method, case, jnp.float64, 1e-10)
 
 
