@@ -93,9 +93,7 @@ def programs(layers, scanned):
     adapted = peftjax.adapt(apply_fn)
 
     def adapted_gradient(trainable, params, adapter, x):
-        return jax.grad(
-            lambda t: adapted(params, adapter.replace(params=t), x).sum()
-        )(trainable)
+        return jax.grad(lambda t: adapted(params, adapter.replace(params=t), x).sum())(trainable)
 
     return (floor_gradient, (biases, with_biases, x)), (
         adapted_gradient,

@@ -105,7 +105,7 @@ def training_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(framealpha=0.85, edgecolor="none", fontsize=9)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     return path

@@ -6,8 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from models import EverythingConfig, equations, mlp, mlp_params, named, normal, redraw, scanned
-from models import scanned_params
+from models import (
+    EverythingConfig,
+    equations,
+    mlp,
+    mlp_params,
+    named,
+    normal,
+    redraw,
+    scanned,
+    scanned_params,
+)
 
 from peftjax import (
     Adapter,

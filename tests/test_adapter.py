@@ -50,7 +50,7 @@ class TestLayout:
         assert adapt(mlp, on_unused="ignore")(params, adapter, X.astype(base)).dtype == base
 
     def test_abstract_params_make_abstract_adapters(self, dense):
-        params, sites = dense
+        _params, sites = dense
         config = LoraConfig(r=3, target_modules=["up"])
         shapes = jax.eval_shape(lambda: init_adapter(KEY, config, sites))
         chex.assert_trees_all_equal_shapes_and_dtypes(shapes, init_adapter(KEY, config, sites))

@@ -19,7 +19,15 @@ def test_shapes_are_enough():
 def test_the_table():
     lines = str(find_sites(scanned, scanned_params(), X)).splitlines()
     assert lines[0].split() == ["module", "kind", "shape", "in", "out", "stacked", "bias", "uses"]
-    assert lines[2].split() == ["layers.down", "dense", *"4 x 9 x 6".split(), "1", "2", "0", "1"]
+    assert lines[2].split() == [
+        "layers.down",
+        "dense",
+        *["4", "x", "9", "x", "6"],
+        "1",
+        "2",
+        "0",
+        "1",
+    ]
     assert lines[3].split()[-2:] == ["bias", "1"]
 
 

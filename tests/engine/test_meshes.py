@@ -28,10 +28,7 @@ def transformer(explicit):
     placed = {"out_sharding": P("data", None, None)} if explicit else {}
 
     def apply_fn(params, ids):
-        if explicit:
-            x = params["embed"].at[ids].get(**placed)
-        else:
-            x = params["embed"][ids]
+        x = params["embed"].at[ids].get(**placed) if explicit else params["embed"][ids]
 
         def layer(x, own):
             h = jnp.tanh(jnp.einsum("bsd,dhk->bshk", x, own["q"]))

@@ -45,7 +45,7 @@ def test_false_is_not_the_identity():
 
 
 def test_orthogonal_factors_cancel():
-    params, adapter = start("orthogonal")
+    _params, adapter = start("orthogonal")
     own = adapter.params["w"]
     assert float(jnp.abs(own["lora_A"]).min()) > 0
     assert float(jnp.abs(own["lora_B"]).max()) > 0

@@ -1,0 +1,115 @@
+"""The frozen model: a transformers encoder with a linear classifier on its pooled states."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from peftjax.cli.errors import UsageError
+from peftjax.cli.sentiment import Tokens
+
+Params = dict[str, Any]
+
+PREDICTION_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A pretrained encoder as transformers built it.
+
+    Attributes:
+      model: the untouched Flax model.
+      tokenizer: its tokenizer.
+      name: where its params sit, by transformers' own word for the family (``bert``).
+      longest: the most tokens it takes.
+    """
+
+    model: Any
+    tokenizer: Callable[..., Any]
+    name: str
+    longest: int
+
+    def pooled(
+        self, params: Params, ids: Int[Array, "texts tokens"], mask: Int[Array, "texts tokens"]
+    ) -> Float[Array, "texts width"]:
+        """The last hidden states, averaged over the tokens that are no padding."""
+        states = self.model(ids, mask, params=params).last_hidden_state
+        weight = mask.astype(states.dtype)[..., None]
+        return jnp.sum(states * weight, axis=1) / jnp.sum(weight, axis=1)
+
+    def classify(
+        self, params: Params, ids: Int[Array, "texts tokens"], mask: Int[Array, "texts tokens"]
+    ) -> Float[Array, "texts labels"]:
+        """The function that is adapted: pooled states through a linear classifier.
+
+        ``params`` holds the encoder's under its name, and ``kernel`` and ``bias`` under
+        ``classifier``.
+        """
+        head = params["classifier"]
+        return self.pooled(params[self.name], ids, mask) @ head["kernel"] + head["bias"]
+
+
+def load(directory: Path) -> tuple[Encoder, Params]:
+    """Loads model, weights and tokenizer from a directory, without network and without torch.
+
+    Raises:
+      UsageError: transformers cannot make a model of what the directory holds.
+    """
+    import transformers
+
+    with _quiet(transformers.utils.logging):
+        try:
+            model = transformers.FlaxAutoModel.from_pretrained(directory, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            first = str(error).strip().partition("\n")[0]
+            raise UsageError(f"transformers cannot load {directory}: {first}") from error
+    # RoBERTa's first two positions are no tokens.
+    longest = min(model.config.max_position_embeddings - 2, tokenizer.model_max_length)
+    return Encoder(model, tokenizer, model.base_model_prefix, longest), model.params
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Silences transformers' advice and loading bars for the time of a block."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def predict(
+    function: Callable[[np.ndarray, np.ndarray], jax.Array],
+    data: Tokens,
+    advance: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Applies a function of (ids, mask) to all of a data set, in batches of one size.
+
+    Args:
+      function: maps one batch to one row for each text.
+      data: the texts.
+      advance: told how many texts are done.
+
+    Returns:
+      The rows of all texts.
+    """
+    rows = []
+    for start in range(0, len(data), PREDICTION_BATCH):
+        # The last batch starts over from the first text: one shape, one compilation.
+        batch = data[np.arange(start, start + PREDICTION_BATCH) % len(data)]
+        rows.append(np.asarray(function(batch.ids, batch.mask)))
+        advance(min(start + PREDICTION_BATCH, len(data)))
+    return np.concatenate(rows)[: len(data)]
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of texts whose largest logit is at their label."""
+    return float(np.mean(np.argmax(logits, axis=-1) == labels))

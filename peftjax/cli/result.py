@@ -1,0 +1,181 @@
+"""What a quickstart run came to: its numbers, as tables and as JSON."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from peftjax import report
+from peftjax.adapter import Adapter
+from peftjax.cli.options import Quickstart
+from peftjax.cli.task import Task
+
+GOAL_POINTS = 4.0
+
+LIBRARIES = ("peftjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The outcome of a run.
+
+    Attributes:
+      probe_accuracy: held-out accuracy of the linear probe, between 0 and 1.
+      accuracy: held-out accuracy of the adapted model, between 0 and 1.
+      gain_points: the difference, in percentage points.
+      gain_error: its standard error over the held-out texts, in percentage points.
+      trainable_parameters: numbers the adapter trains.
+      total_parameters: those and all frozen ones.
+      adapter_bytes: bytes of the adapter's arrays.
+      model_bytes: bytes of the frozen arrays.
+      seconds: time of the whole run but the download.
+      phase_seconds: time by phase.
+      train_texts: how many texts were trained on.
+      held_out_texts: how many texts were measured on.
+      labels: names of the labels.
+      held_out_curve: (step, held-out accuracy).
+      settings: all flags.
+      versions: of Python and the libraries.
+    """
+
+    probe_accuracy: float
+    accuracy: float
+    gain_points: float
+    gain_error: float
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int
+    model_bytes: int
+    seconds: float
+    phase_seconds: dict[str, float]
+    train_texts: int
+    held_out_texts: int
+    labels: tuple[str, ...]
+    held_out_curve: tuple[tuple[int, float], ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_json(self) -> str:
+        """The result as JSON, indented."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def conclude(
+    options: Quickstart,
+    task: Task,
+    adapter: Adapter,
+    logits: np.ndarray,
+    held_out_curve: Sequence[tuple[int, float]],
+    phase_seconds: Mapping[str, float],
+    seconds: float,
+) -> Result:
+    """Builds the result of a run.
+
+    Args:
+      options: the flags.
+      task: what was worked on.
+      adapter: the trained adapter.
+      logits: its answers on the held-out texts.
+      held_out_curve: (step, held-out accuracy).
+      phase_seconds: time by phase.
+      seconds: time of the whole run, the download included.
+    """
+    right = (np.argmax(logits, axis=-1) == task.held_out.labels).astype(float)
+    probe_right = (np.argmax(task.probe_logits, axis=-1) == task.held_out.labels).astype(float)
+    # Both were asked the same texts, so the error of the difference is that of paired answers.
+    gains = right - probe_right
+    trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter.params))
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(task.params))
+    return Result(
+        probe_accuracy=float(np.mean(probe_right)),
+        accuracy=float(np.mean(right)),
+        gain_points=100 * float(np.mean(gains)),
+        gain_error=100 * float(np.std(gains)) / math.sqrt(len(gains)),
+        trainable_parameters=trainable,
+        total_parameters=frozen + trainable,
+        adapter_bytes=_bytes((adapter.params, adapter.buffers)),
+        model_bytes=_bytes(task.params),
+        seconds=seconds - phase_seconds.get("download", 0.0),
+        phase_seconds=dict(phase_seconds),
+        train_texts=len(task.train),
+        held_out_texts=len(task.held_out),
+        labels=task.labels,
+        held_out_curve=tuple(held_out_curve),
+        settings=options.settings(),
+        versions=_versions(),
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that are installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def tables(result: Result) -> Table:
+    """The numbers of a run and, beside them, where the time went."""
+    settings = result.settings
+    share = result.trainable_parameters / result.total_parameters
+    outcome = report.facts(
+        f"{settings['method']}, rank {settings['rank']}, {settings['steps']} steps",
+        {
+            "probe on frozen features": f"{result.probe_accuracy:.1%}",
+            "with the adapter": f"[bold]{result.accuracy:.1%}[/]",
+            "gain": f"[bold]{result.gain_points:+.1f}[/] ± {result.gain_error:.1f} points",
+            "held-out texts": f"{result.held_out_texts:,}",
+        },
+        last={
+            "trained parameters": f"{result.trainable_parameters:,}",
+            "of all parameters": f"{share:.2%} of {result.total_parameters:,}",
+            "adapter": size(result.adapter_bytes),
+            "model": size(result.model_bytes),
+        },
+    )
+    times = report.facts(
+        "seconds",
+        {phase: f"{spent:.1f}" for phase, spent in result.phase_seconds.items()},
+        last={"all but download": f"{result.seconds:.1f}"},
+    )
+    beside = Table.grid(padding=(0, 2))
+    beside.add_row(outcome, times)
+    return beside
+
+
+def verdict(result: Result) -> str:
+    """The gain in words, from this run's own measurement."""
+    words = f"{result.gain_points:+.1f} points over the probe"
+    if result.gain_points >= GOAL_POINTS:
+        return f"{words}: the goal of {GOAL_POINTS:.0f} or more is reached."
+    # A short run or another task promises nothing.
+    usual = Quickstart()
+    settings = result.settings
+    if settings["steps"] < usual.steps or settings["data"] or settings["model"]:
+        return f"{words}."
+    return f"{words}: the goal of {GOAL_POINTS:.0f} or more is missed."
+
+
+def size(count: int) -> str:
+    """Bytes for people.
+
+    Example:
+      >>> size(299_532), size(90_870_000)
+      ('299.5 kB', '90.9 MB')
+    """
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
