@@ -183,7 +183,7 @@ class TestWholeLeaves:
 
 class TestBadInput:
     def test_an_unknown_target_names_the_nearest(self, dense):
-        with pytest.raises(NoMatchingModuleError, match="upp.*up"):
+        with pytest.raises(NoMatchingModuleError, match=r"upp.*up"):
             init_adapter(KEY, LoraConfig(target_modules=["upp"]), dense[1])
 
     def test_rank_zero(self):
