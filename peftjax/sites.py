@@ -5,7 +5,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,8 @@ import numpy as np
 
 from peftjax.engine.run import mark, run
 from peftjax.engine.trace import Biased, Record, Seen, Trace, Used
-from peftjax.engine.views import Role
+from peftjax.engine.views import Kind, Role
 from peftjax.trees import leaf_paths, split
-
-Kind = Literal["dense", "conv", "lookup"]
 
 
 @dataclasses.dataclass(frozen=True)

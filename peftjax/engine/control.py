@@ -56,10 +56,17 @@ def _relabel(x: Any, rename: Callable[[int], int]) -> Any:
 
 def _constrain(values: list[Any], shardings: Sequence[Any]) -> list[Any]:
     """The shardings a nested jit asks for, which inside a jit are constraints."""
-    return [
-        lax.with_sharding_constraint(x, s) if isinstance(s, Sharding) and not _marked(x) else x
-        for x, s in zip(values, shardings, strict=True)
-    ]
+
+    def constrained(x: Any, sharding: Any) -> Any:
+        if not isinstance(sharding, Sharding):
+            return x
+        if isinstance(x, View):
+            return dataclasses.replace(x, base=constrained(x.base, sharding))
+        if isinstance(x, Result):
+            return dataclasses.replace(x, value=constrained(x.value, sharding))
+        return lax.with_sharding_constraint(x, sharding)
+
+    return [constrained(x, sharding) for x, sharding in zip(values, shardings, strict=True)]
 
 
 def _inline(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) -> list[Any]:

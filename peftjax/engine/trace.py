@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from peftjax.engine.compat import Eqn
 from peftjax.engine.linear import merged
-from peftjax.engine.views import Result, Role, View
+from peftjax.engine.views import Kind, Result, Role, View
 
 
 class FallbackError(ValueError):
@@ -23,11 +23,10 @@ class Seen:
       roles: the original axes that are still there, each with the role of the use; None where
         parts of one axis are both summed over and kept.
       groups: feature groups of a convolution.
-      fallback: why the factors could not be applied here; empty where they could.
     """
 
     leaf: int
-    kind: Literal["dense", "conv", "lookup"]
+    kind: Kind
     roles: tuple[tuple[int, Role | None], ...]
     groups: int
 

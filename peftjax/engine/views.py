@@ -16,6 +16,7 @@ from jax import lax
 from peftjax.engine import compat
 from peftjax.factors import Factors
 
+Kind = Literal["dense", "conv", "lookup"]
 Role = Literal["in", "out", "stack"]
 Axes = tuple[tuple[int, ...], ...]
 Dims = tuple[int | None, ...]

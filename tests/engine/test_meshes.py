@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from models import EverythingConfig, normal, redraw
+from models import EverythingConfig, named, normal, redraw
 
 from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge
 
@@ -120,3 +120,25 @@ def test_shard_map_drops_differently_on_every_shard_of_the_batch():
     assert float(jnp.abs(dry[0] - dry[1]).max()) < 1e-6
     wet = adapt(apply_fn)(params, adapter.train(KEY), x)
     assert float(jnp.abs(wet[0] - wet[1]).max()) > 1e-2
+
+
+def test_shardings_of_a_nested_jit_become_constraints():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    rows, whole = NamedSharding(mesh, P("model", None)), NamedSharding(mesh, P())
+
+    def apply_fn(params, x):
+        dense = jax.jit(lambda w, x: x @ w, in_shardings=(rows, None), out_shardings=whole)
+        return dense(params["w"], x)
+
+    params, x = {"w": normal(6, 5)}, normal(4, 6, std=1)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["w"])
+    adapter = init_adapter(KEY, config, find_sites(apply_fn, params, x))
+    adapter = adapter.replace(params=redraw(adapter.params))
+    adapted = jax.jit(adapt(apply_fn))
+    got, want = adapted(params, adapter, x), x @ merge(params, adapter)["w"]
+    assert float(jnp.abs(got - want).max()) < 1e-5
+    specs = [
+        eqn.params["sharding"].spec
+        for eqn in named(jax.make_jaxpr(adapted)(params, adapter, x), "sharding_constraint")
+    ]
+    assert specs == [rows.spec, whole.spec]

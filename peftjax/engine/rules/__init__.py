@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from peftjax.engine.linear import Linear
 from peftjax.engine.rules import conv, dot, lookup, ragged
-from peftjax.engine.views import Role, View
+from peftjax.engine.views import Kind, Role, View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Rule:
       groups: the feature groups of the use, from the parameters.
     """
 
-    kind: Literal["dense", "conv", "lookup"]
+    kind: Kind
     usage: Callable[[dict[str, Any], int, tuple[int, ...]], tuple[Role, ...] | str]
     linear: Callable[
         [View, bool, int, list[jax.Array], dict[str, Any], Any], tuple[Linear, Any] | str
