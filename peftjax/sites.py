@@ -221,7 +221,7 @@ def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
 
     Example:
       >>> import jax.numpy as jnp, peftjax
-      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"] + params["dense"]["bias"]
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"] + params["dense"]["bias"][None]
       >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
       >>> sites = peftjax.find_sites(apply_fn, params, jnp.ones((2, 4)))
       >>> sites["dense"].in_axes, sites["dense"].out_axes, sites["dense"].bias
