@@ -66,13 +66,14 @@ def scan_split(params: dict) -> tuple[int, int]:
 
 def shard_map(f: Callable, params: dict, in_specs: tuple) -> Callable:
     """A shard_map of ``f`` like the equation's, with the in-specs of its new operands."""
+    axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
     return jax.shard_map(
         f,
         mesh=params["mesh"],
         in_specs=in_specs,
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=params["newly_manual_axes"],
+        axis_names=axes,
     )
 
 
