@@ -48,6 +48,7 @@ def attach(
     """
     for adapter in adapters:
         check_leaves(leaves, adapter.sites, adapter.saved)
+        _check_params(adapter)
     leaves = dict(leaves)
     positions = {path: i for i, path in enumerate(leaves)}
     views: dict[str, View] = {}
@@ -71,6 +72,17 @@ def attach(
             if shift is not None and site.bias is not None:
                 leaves[site.bias] = _added(leaves[site.bias], -shift if undo else shift, site)
     return leaves, views
+
+
+def _check_params(adapter: Adapter) -> None:
+    """Raises a ValueError unless the adapter's arrays are those of its own modules."""
+    modules = {*adapter.sites, *(leaf.module for leaf in adapter.saved)}
+    wrong = sorted(modules.symmetric_difference(adapter.params))
+    if wrong:
+        raise ValueError(
+            f"adapter.params does not fit the adapter: {', '.join(wrong[:5])} is on one side only; "
+            f"keep the structure that init_adapter gave"
+        )
 
 
 def _added(bias: jax.Array, shift: jax.Array, site: Site) -> jax.Array:

@@ -132,6 +132,12 @@ class TestMismatch:
         with pytest.raises(ValueError, match=r"up: there is no up\.kernel"):
             adapt(lambda params, x: mlp(params["encoder"], x))(other, adapter, x)
 
+    def test_trainable_arrays_of_another_adapter(self, model):
+        params, x, adapter, _ = model
+        other = adapter.replace(params={"up": adapter.params["up"], "side": {}})
+        with pytest.raises(ValueError, match="does not fit the adapter: down, side"):
+            adapt(mlp)(params, other, x)
+
     def test_unused_modules(self, model):
         params, x, adapter, _ = model
 
