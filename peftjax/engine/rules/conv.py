@@ -34,6 +34,9 @@ def linear(
     numbers = params["dimension_numbers"]
     out_axis, in_axis, *spatial = numbers.rhs_spec
     groups = params["feature_group_count"]
+    # JAX 0.10.0 has no out_sharding here yet.
+    named = ("precision", "preferred_element_type", "out_sharding")
+    options = {name: params[name] for name in named if name in params}
     parts = layout(view)
     channels = parts["in_scale"].index(in_axis)
     for layer in view.layers:
@@ -63,9 +66,7 @@ def linear(
                 numbers.out_spec, numbers.rhs_spec, numbers.out_spec
             ),
             feature_group_count=groups,
-            precision=params["precision"],
-            preferred_element_type=params["preferred_element_type"],
-            out_sharding=params["out_sharding"],
+            **options,
         )
 
     def scale_x(x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -56,15 +56,7 @@ def linear(
         )
 
     def base(x: jax.Array) -> jax.Array:
-        return lax.ragged_dot_general(
-            x,
-            view.base,
-            group_sizes,
-            numbers,
-            precision=params["precision"],
-            preferred_element_type=params["preferred_element_type"],
-            out_sharding=params["out_sharding"],
-        )
+        return lax.ragged_dot_general(x, view.base, group_sizes, **params)
 
     def product(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
         inner = grouped(
