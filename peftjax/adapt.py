@@ -1,14 +1,15 @@
 """The function transformation: a model with adapters in it."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 
 from peftjax.adapter import Adapter
-from peftjax.attach import as_sequence, attach
-from peftjax.engine.run import run
+from peftjax.attach import as_sequence, attach, check_fits
+from peftjax.changes import wants_tokens
+from peftjax.engine.run import mark, run
 from peftjax.engine.trace import Trace, Used
 from peftjax.trees import Static, leaf_paths, split
 
@@ -71,13 +72,16 @@ def adapt(
     def run_adapted(static: Static, arrays: list[Any], adapters: tuple[Adapter, ...]) -> Any:
         params, _, _ = static.fill(arrays)
         adapters = tuple(a.replace(buffers=_frozen(a.buffers)) for a in adapters)
-        leaves, views = attach(leaf_paths(params), adapters)
-        trace = Trace(list(leaves), strict=on_fallback == "error")
 
         def call(arrays: list[Any]) -> Any:
             params, args, kwargs = static.fill(arrays)
             return apply_fn(params, *args, **kwargs)
 
+        leaves = leaf_paths(params)
+        check_fits(leaves, adapters)
+        tokens = _count_tokens(call, arrays, leaves, adapters)
+        leaves, views = attach(leaves, adapters, tokens)
+        trace = Trace(list(leaves), strict=on_fallback == "error")
         arrays = [*leaves.values(), *arrays[len(leaves) :]]
         marked = [views.get(path, leaf) for path, leaf in leaves.items()]
         out, _ = run(trace, call, arrays, [*marked, *arrays[len(leaves) :]])
@@ -94,6 +98,38 @@ def adapt(
         return run_adapted(static, arrays, adapters)
 
     return adapted
+
+
+def _count_tokens(
+    call: Callable[[list[Any]], Any],
+    arrays: list[Any],
+    leaves: Mapping[str, Any],
+    adapters: Sequence[Adapter],
+) -> dict[str, int]:
+    """How many vectors a call sends through each weight that a method asks about."""
+    asked = {
+        site.path: site
+        for adapter in adapters
+        for site in adapter.sites.values()
+        if wants_tokens(adapter, site)
+    }
+    if not asked:
+        return {}
+    trace, paths = Trace(list(leaves)), list(leaves)
+
+    def count(arrays: list[Any]) -> Any:
+        marked = [
+            mark(x, i, asked[path].roles) if (path := paths[i]) in asked else x
+            for i, x in enumerate(arrays[: len(paths)])
+        ]
+        return run(trace, call, arrays, [*marked, *arrays[len(paths) :]])[0]
+
+    jax.eval_shape(count, arrays)
+    tokens: dict[str, int] = dict.fromkeys(asked, 0)
+    for record in trace.records.values():
+        if isinstance(record, Used):
+            tokens[paths[record.leaf]] += record.tokens
+    return tokens
 
 
 def _check_used(

@@ -1,7 +1,6 @@
 """The adapter: a pytree of a few small arrays, and what they belong to."""
 
 import dataclasses
-import functools
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,12 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from peftjax.config import AdapterConfig
-from peftjax.engine.views import Layer
-from peftjax.factors import Arrays, Factors, WeightSpec, accumulation_dtype
+from peftjax.factors import Arrays, WeightSpec, accumulation_dtype
 from peftjax.sites import Leaf, Site, Sites
-from peftjax.stacks import init_site, over_stack, spread
+from peftjax.stacks import init_site
 from peftjax.targeting import bias_leaves, saved_leaves, select_sites, unmatched_patterns
 from peftjax.trees import leaf_paths
 
@@ -103,7 +101,7 @@ def init_adapter(
     if params is not None:
         leaves = leaf_paths(params)
         check_leaves(leaves, chosen, tuple(saved.values()))
-    elif saved or method.needs_weight(config):
+    elif saved or method.init_reads_weight(config):
         what = f"copies of {', '.join(saved)}" if saved else "initial factors out of the weights"
         raise ValueError(f"this config starts from {what}: pass params to init_adapter")
 
@@ -111,17 +109,24 @@ def init_adapter(
     frozen: dict[str, Arrays] = {}
     for site in chosen.values():
         own_dtype = jnp.dtype(dtype or accumulation_dtype(site.dtype))
-        spec = WeightSpec(site.kind, site.in_shape, site.out_shape, own_dtype)
-        weight = leaves[site.path] if method.needs_weight(config) else None
-        made = init_site(_path_key(key, site.path), config, site, spec, weight)
+        base = leaves[site.path] if method.init_reads_weight(config) else None
+        own_key = path_key(key, site.path)
+        try:
+            made = init_site(own_key, config, site, weight_spec(site, own_dtype), base)
+        except ValueError as error:
+            raise ValueError(f"{site.name}: {error}") from error
         trainable[site.name], frozen[site.name] = made
     for path, leaf in saved.items():
         trainable.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.array(leaves[path])
-    adapter = Adapter(trainable, frozen, None, config, Sites(chosen.sites), tuple(saved.values()))
-    for site in chosen.values():
-        jax.eval_shape(functools.partial(bias_shift, site=site), adapter)
     _warn_unmatched(config, chosen)
-    return adapter
+    return Adapter(trainable, frozen, None, config, Sites(chosen.sites), tuple(saved.values()))
+
+
+def weight_spec(site: Site, dtype: DTypeLike) -> WeightSpec:
+    """What a method is told about the weights of a site."""
+    taps = tuple(site.in_axes.index(axis) for axis in site.tap_axes)
+    shapes = (site.in_shape, site.out_shape)
+    return WeightSpec(site.kind, *shapes, jnp.dtype(dtype), taps, site.groups)
 
 
 def _warn_unmatched(config: AdapterConfig, chosen: Sites) -> None:
@@ -155,55 +160,6 @@ def check_leaves(leaves: Mapping[str, Any], sites: Sites, saved: Sequence[Leaf] 
         )
 
 
-def _path_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
+def path_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     """A key of its own for every path, the same in every process and with any other targets."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
-
-
-def site_layer(adapter: Adapter, site: Site) -> Layer:
-    """What an adapter does to one weight, all its stacked layers at once."""
-    config = adapter.config
-
-    def factors(params: Arrays, buffers: Arrays) -> Factors:
-        return config.method.factors(config, params, buffers)
-
-    made = over_stack(factors, site)(_own(adapter, site), adapter.buffers[site.name])
-    made = dataclasses.replace(
-        made,
-        A=spread(made.A, site, 0),
-        B=spread(made.B, site, 0),
-        in_scale=spread(made.in_scale, site, 1),
-        out_scale=spread(made.out_scale, site, 1),
-        # A lookup has no input to drop from.
-        dropout=0.0 if site.kind == "lookup" else made.dropout,
-    )
-    if adapter.key is None:
-        return Layer(made)
-    key, stack = _path_key(adapter.key, site.path), site.full_stack_shape
-    return Layer(made, jax.random.split(key, stack) if stack else key)
-
-
-def bias_shift(adapter: Adapter, site: Site) -> Array | None:
-    """What an adapter adds to the bias of one site, laid out (stack, out); None if nothing.
-
-    Raises:
-      ValueError: there is no bias to add it to.
-    """
-    config = adapter.config
-
-    def shift(params: Arrays, buffers: Arrays) -> Array | None:
-        return config.method.bias(config, params, buffers)
-
-    made = over_stack(shift, site)(_own(adapter, site), adapter.buffers[site.name])
-    if made is not None and site.bias is None:
-        raise ValueError(
-            f"{site.name} has no bias, so the adapter cannot have one there: exclude the module or "
-            f"leave the adapter's own bias off"
-        )
-    return spread(made, site, 0)
-
-
-def _own(adapter: Adapter, site: Site) -> Arrays:
-    """The method's arrays of one site, without whole leaves saved under the same module."""
-    whole = {leaf.leaf_name for leaf in adapter.saved if leaf.module == site.name}
-    return {name: x for name, x in adapter.params[site.name].items() if name not in whole}

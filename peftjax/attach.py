@@ -1,13 +1,13 @@
 """Adapters put onto the leaves of a params tree: the common ground of running and merging."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from peftjax.adapter import Adapter, bias_shift, check_leaves, site_layer
+from peftjax.adapter import Adapter, check_leaves
+from peftjax.changes import bias_change, changed_weight
 from peftjax.engine.run import mark
 from peftjax.engine.views import View
 from peftjax.factors import accumulation_dtype
@@ -32,23 +32,32 @@ def as_sequence(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, .
     return adapters
 
 
+def check_fits(leaves: Mapping[str, jax.Array], adapters: Sequence[Adapter]) -> None:
+    """Raises a ValueError unless the adapters belong to these leaves, and their arrays to them."""
+    for adapter in adapters:
+        check_leaves(leaves, adapter.sites, adapter.saved)
+        _check_params(adapter)
+
+
 def attach(
-    leaves: Mapping[str, jax.Array], adapters: Sequence[Adapter], undo: bool = False
+    leaves: Mapping[str, jax.Array],
+    adapters: Sequence[Adapter],
+    tokens: Mapping[str, int] | None = None,
+    undo: bool = False,
 ) -> tuple[dict[str, jax.Array], dict[str, View]]:
     """Puts adapters onto the leaves of a params tree, in order.
 
-    With ``undo``, what they add to biases is subtracted.
+    Args:
+      leaves: the arrays of the params tree, by path.
+      adapters: the adapters.
+      tokens: how many vectors the call sends through each weight that a method asks about; None
+        where the changed weights themselves are wanted.
+      undo: take the adapters out of params that have them.
 
     Returns:
       The leaves, where whole leaves and biases are replaced by those of the adapters; and, for
       each adapted weight, the leaf with its layers.
-
-    Raises:
-      ValueError: an adapter belongs to other params.
     """
-    for adapter in adapters:
-        check_leaves(leaves, adapter.sites, adapter.saved)
-        _check_params(adapter)
     leaves = dict(leaves)
     positions = {path: i for i, path in enumerate(leaves)}
     views: dict[str, View] = {}
@@ -66,11 +75,10 @@ def attach(
                     f"{site.path}: two adapters disagree on its axes, {view.roles} and "
                     f"{site.roles}; make both from one find_sites"
                 )
-            layer = site_layer(adapter, site)
-            views[site.path] = dataclasses.replace(view, layers=(*view.layers, layer))
-            shift = bias_shift(adapter, site)
-            if shift is not None and site.bias is not None:
-                leaves[site.bias] = _added(leaves[site.bias], -shift if undo else shift, site)
+            count = None if tokens is None else tokens.get(site.path, 0)
+            views[site.path] = changed_weight(view, adapter, site, tokens=count, undo=undo)
+            if site.bias is not None:
+                leaves[site.bias] = _changed_bias(leaves[site.bias], adapter, site, undo)
     return leaves, views
 
 
@@ -85,14 +93,27 @@ def _check_params(adapter: Adapter) -> None:
         )
 
 
-def _added(bias: jax.Array, shift: jax.Array, site: Site) -> jax.Array:
-    """A bias with a shift of shape (stack, out) added to it in its own layout."""
+def _changed_bias(bias: jax.Array, adapter: Adapter, site: Site, undo: bool) -> jax.Array:
+    """The bias of a site with what an adapter changes about it, in its own layout."""
+    change = bias_change(adapter, site)
+    if change.scale is None and change.shift is None:
+        return bias
     stack = site.bias_stack_axes
     own = [n for axis, n in enumerate(bias.shape) if axis not in stack]
-    laid = jnp.reshape(shift, (*shift.shape[: len(stack)], *own))
     dtype = accumulation_dtype(bias.dtype)
-    total = bias.astype(dtype) + jnp.moveaxis(laid, range(len(stack)), stack).astype(dtype)
-    return total.astype(bias.dtype)
+
+    def laid(part: jax.Array) -> jax.Array:
+        shaped = jnp.reshape(part, (*part.shape[: len(stack)], *own))
+        return jnp.moveaxis(shaped, range(len(stack)), stack).astype(dtype)
+
+    after = bias.astype(dtype)
+    if undo and change.shift is not None:
+        after = after - laid(change.shift)
+    if change.scale is not None:
+        after = after / laid(change.scale) if undo else after * laid(change.scale)
+    if not undo and change.shift is not None:
+        after = after + laid(change.shift)
+    return after.astype(bias.dtype)
 
 
 def refill(params: Any, leaves: Mapping[str, Any]) -> Any:

@@ -1,12 +1,14 @@
-"""The language methods and the engine share: a weight change as factors."""
+"""The language methods and the engine share: a weight, and its change as factors."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
 
 Arrays = dict[str, Array]
 
@@ -27,7 +29,8 @@ class Factors:
     Attributes:
       A: array of shape ``(*in, rank)``.
       B: array of shape ``(rank, *out)``.
-      in_scale: array of shape ``(*in,)``; an axis may have size 1, then it broadcasts.
+      in_scale: array of shape ``(*in,)``; an axis may have size 1, then it broadcasts. For a
+        grouped convolution the channels may also be those of x, all groups' together.
       out_scale: array of shape ``(*out,)``; an axis may have size 1, then it broadcasts.
       dropout: probability to drop an entry of x before A while an adapter trains. Static.
     """
@@ -39,9 +42,30 @@ class Factors:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype sums run in: float32 for half precision, the dtype itself otherwise."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A change of a weight that is cheaper to build than to apply as factors.
+
+    The engine adds it to the weight once, before the model runs.
+
+    Attributes:
+      change: array of shape ``(*in, *out)``.
+    """
+
+    change: Float[Array, "..."]
+
+
+class BiasChange(NamedTuple):
+    """A change of the bias b of a weight: ``scale * b + shift``; None leaves a part out.
+
+    Attributes:
+      scale: array of the shape of the weight's out-axes.
+      shift: likewise.
+    """
+
+    scale: Float[Array, "*out"] | None = None
+    shift: Float[Array, "*out"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,34 +77,197 @@ class WeightSpec:
       in_shape: shape of the axes that are summed over.
       out_shape: shape of the axes that stay.
       dtype: dtype of the adapter's arrays.
+      taps: which of the in-axes are the taps of a convolution's kernel.
+      groups: feature groups of a convolution, each of which sees ``in_shape`` of its own.
     """
 
     kind: str
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
     dtype: jnp.dtype
+    taps: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def in_size(self) -> int:
+        """Number of inputs of one output: the product of ``in_shape``."""
+        return math.prod(self.in_shape)
+
+    @property
+    def out_size(self) -> int:
+        """Number of outputs: the product of ``out_shape``."""
+        return math.prod(self.out_shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weight:
+    """One weight as the adapters before left it, to be asked about and never to be built.
+
+    Attributes:
+      spec: what is known of it without reading it. Static.
+      base: the frozen weight in its own layout; None for a method that does not read it.
+      earlier: what the adapters before change about it, first applied first.
+      in_axes: the axes of ``base`` that are summed over. Static.
+      out_axes: the axes of ``base`` that stay. Static.
+      tokens: how many vectors the whole call sends through the weight; None where the changed
+        weight itself is wanted, as in merging. Static.
+      fusible: whether a dense change may be added to the weight: nothing before it, such as
+        dropout, acts on x alone. Static.
+    """
+
+    spec: WeightSpec = dataclasses.field(metadata={"static": True})
+    base: Float[Array, "..."] | None = None
+    earlier: tuple[Factors, ...] = ()
+    in_axes: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    out_axes: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    tokens: int | None = dataclasses.field(default=None, metadata={"static": True})
+    fusible: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    def project(self, a: Float[Array, "*in rank"]) -> Float[Array, "rank ..."]:
+        """``a`` transposed times the weight: every column of ``a`` sent through it."""
+        return _project(self, self._earlier(a.dtype), a)
+
+    def matrix(self) -> Float[Array, "in out"]:
+        """The frozen weight itself as a matrix, for a start that is taken out of it."""
+        assert self.base is not None, "a method that reads the weight has to say so"
+        laid = jnp.transpose(self.base, (*self.in_axes, *self.out_axes))
+        return laid.astype(self.spec.dtype).reshape(self.spec.in_size, self.spec.out_size)
+
+    def squared_norms(self) -> Float[Array, "*out"]:
+        """For every output the sum of the squares of its weights.
+
+        Of factors A B before it nothing is built either: ||W + A B||^2 = ||W||^2 + 2 (W^T A) . B
+        + B . (A^T A) B, column by column.
+        """
+        assert self.base is not None, "a method that reads the weight has to say so"
+        return _squared_norms(self, self._earlier(accumulation_dtype(self.base.dtype)), None)
+
+    def _earlier(self, dtype: jnp.dtype) -> tuple[Factors, ...]:
+        return jax.tree.map(lambda array: array.astype(dtype), self.earlier)
+
+
+def _project(weight: Weight, earlier: Sequence[Factors], a: Array) -> Array:
+    if not earlier:
+        assert weight.base is not None, "a method that reads the weight has to say so"
+        dims = ((tuple(range(a.ndim - 1)), weight.in_axes), ((), ()))
+        return dot(a, weight.base, dims).astype(a.dtype)
+    *inner, f = earlier
+    y = _project(weight, inner, _scaled(a, f.in_scale))
+    if f.A is not None and f.B is not None:
+        y = y + _through(a, f.A, f.B)
+    return y if f.out_scale is None else y * f.out_scale[None]
+
+
+def _squared_norms(weight: Weight, earlier: Sequence[Factors], scale: Array | None) -> Array:
+    """The squared norms of the weight with its inputs scaled."""
+    if not earlier:
+        assert weight.base is not None, "a method that reads the weight has to say so"
+        base = weight.base if scale is None else _scaled_inputs(weight, scale)
+        dims = ((weight.in_axes, weight.in_axes), (weight.out_axes, weight.out_axes))
+        return dot(base, base, dims)
+    *inner, f = earlier
+    inner_scale = f.in_scale if scale is None else _scaled(scale, f.in_scale, rank=False)
+    total = _squared_norms(weight, inner, inner_scale)
+    if f.A is not None and f.B is not None:
+        a = _scaled(f.A, scale)
+        crossed = _project(weight, inner, _scaled(a, inner_scale))
+        total = total + jnp.sum((2 * crossed + _through(a, a, f.B)) * f.B, axis=0)
+    return total if f.out_scale is None else total * jnp.square(f.out_scale)
+
+
+def _scaled(array: Array, scale: Array | None, rank: bool = True) -> Array:
+    """An array of the in-axes, and the rank behind them, times a scale of the in-axes."""
+    if scale is None:
+        return array
+    return array * (scale[..., None] if rank else scale)
+
+
+def _scaled_inputs(weight: Weight, scale: Array) -> Array:
+    """The frozen weight with its inputs scaled, in its own layout: this one is built."""
+    base = weight.base
+    assert base is not None
+    full = jnp.broadcast_to(scale, [base.shape[axis] for axis in weight.in_axes])
+    shape = [n if axis in weight.in_axes else 1 for axis, n in enumerate(base.shape)]
+    return base.astype(scale.dtype) * full.reshape(shape)
+
+
+def _through(a: Array, other: Array, b: Array) -> Array:
+    """``(a^T other) b``, from the small side."""
+    ins = tuple(range(a.ndim - 1))
+    small = dot(a, other, ((ins, ins), ((), ()))).astype(b.dtype)
+    return dot(small, b, (((1,), (0,)), ((), ()))).astype(b.dtype)
+
+
+def dot(a: Array, b: Array, dims: Any) -> Array:
+    """A product at the best precision of two arrays, of perhaps different dtypes, uncast.
+
+    Args:
+      a: one array.
+      b: the other.
+      dims: the dimension numbers of ``jax.lax.dot_general``.
+    """
+    accumulate = max(map(accumulation_dtype, (a.dtype, b.dtype)), key=lambda d: d.itemsize)
+    return lax.dot_general(
+        a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=accumulate
+    )
+
+
+def inverse(change: Factors | Dense) -> Factors | Dense:
+    r"""The change that undoes one that does not depend on the weight.
+
+    .. math::
+      W = s_{out}^{-1} \odot (s_{in}^{-1} \odot W' - (s_{in}^{-1} \odot A) (s_{out} \odot B))
+    """
+    if isinstance(change, Dense):
+        return Dense(-change.change)
+    a, b, in_scale, out_scale = change.A, change.B, change.in_scale, change.out_scale
+    in_scale = None if in_scale is None else 1 / in_scale
+    if a is not None and b is not None:
+        a, b = _scaled(a, in_scale), -b if out_scale is None else -b * out_scale[None]
+    out_scale = None if out_scale is None else 1 / out_scale
+    return Factors(A=a, B=b, in_scale=in_scale, out_scale=out_scale)
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype sums run in: float32 for half precision, the dtype itself otherwise."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+
+
+Change = Factors | Dense
+Make = Callable[[Any, Arrays, Arrays, Weight, PRNGKeyArray | None], Change]
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The pure functions that define one family of adapters.
+    """The pure functions that define one family of adapters, each about one weight.
 
     Attributes:
       settings: from the config, a site and a layer index (None for a weight that is not stacked):
-        the hyper-parameters of one weight, such as its rank and scale.
-      init: from a key, the config, the weight's spec, its settings and the weight laid out
-        (in, out), or None: the trainable and the frozen arrays of one weight.
-      factors: from the config and those arrays: the change of one weight.
-      bias: from the config and those arrays: what is added to the bias of the weight, or None.
-      rank_axes: for each array that has a rank axis, which one it is; layers of one stack whose
-        ranks differ are padded along it, and told apart by a 0/1 ``rank_mask`` among the frozen
+        the hyper-parameters of one weight, such as its rank and scale. Raises where the config
+        cannot be used on that site.
+      init: from a key, the config, those settings and the weight: its trainable and its frozen
         arrays.
-      needs_weight: whether ``init`` needs the weight.
+      factors: from the config, those arrays, the weight and a key while training (None
+        otherwise): the change of the weight.
+      inverse: from the same, the weight being the changed one: the change that undoes it. By
+        default ``inverse`` of ``factors``, which is right where they do not read the weight.
+      bias: from the config and the arrays: the change of the weight's bias, or None.
+      rank_axes: for each array that has rank axes, which they are; layers of one stack whose
+        ranks differ are padded along them, and told apart by a 0/1 ``rank_mask`` among the frozen
+        arrays.
+      init_reads_weight: whether ``init`` reads the weight.
+      reads_weight: whether ``factors`` does.
+      wants_tokens: from the config, the weight's spec and its trainable arrays, perhaps stacked:
+        whether ``factors`` wants to know how many tokens pass through the weight.
     """
 
     settings: Callable[[Any, Any, int | None], Hashable]
-    init: Callable[[Array, Any, WeightSpec, Any, Array | None], tuple[Arrays, Arrays]]
-    factors: Callable[[Any, Arrays, Arrays], Factors]
-    bias: Callable[[Any, Arrays, Arrays], Array | None] = lambda config, params, buffers: None
-    rank_axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    needs_weight: Callable[[Any], bool] = lambda config: False
+    init: Callable[[PRNGKeyArray, Any, Any, Weight], tuple[Arrays, Arrays]]
+    factors: Make
+    inverse: Make | None = None
+    bias: Callable[[Any, Arrays, Arrays], BiasChange | None] = lambda config, params, buffers: None
+    rank_axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    init_reads_weight: Callable[[Any], bool] = lambda config: False
+    reads_weight: Callable[[Any], bool] = lambda config: False
+    wants_tokens: Callable[[Any, WeightSpec, Arrays], bool] = lambda config, spec, params: False

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from peftjax.adapter import Adapter
-from peftjax.attach import as_sequence, attach, refill
-from peftjax.engine.linear import merged, unmerged
+from peftjax.attach import as_sequence, attach, check_fits, refill
+from peftjax.engine.linear import merged
 from peftjax.trees import leaf_paths
 
 
@@ -30,7 +30,11 @@ def merge(params: Any, adapter: Adapter | Sequence[Adapter] | None, *, safe: boo
     Raises:
       ValueError: the adapter belongs to other params; or ``safe`` and a result is not finite.
     """
-    leaves, views = attach(leaf_paths(params), as_sequence(adapter))
+    # Dropout belongs to training: nothing of it is merged.
+    adapters = [each.replace(key=None) for each in as_sequence(adapter)]
+    leaves = leaf_paths(params)
+    check_fits(leaves, adapters)
+    leaves, views = attach(leaves, adapters)
     leaves |= {path: merged(view) for path, view in views.items()}
     if safe:
         for path in views:
@@ -65,7 +69,9 @@ def unmerge(params: Any, adapter: Adapter | Sequence[Adapter] | None) -> Any:
                 f"was there before is gone: keep the base params instead of unmerging"
             )
     for each in reversed(adapters):
-        leaves, views = attach(leaf_paths(params), [each], undo=True)
-        leaves |= {path: unmerged(view) for path, view in views.items()}
+        leaves = leaf_paths(params)
+        check_fits(leaves, [each])
+        leaves, views = attach(leaves, [each.replace(key=None)], undo=True)
+        leaves |= {path: merged(view) for path, view in views.items()}
         params = refill(params, leaves)
     return params

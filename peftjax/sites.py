@@ -56,6 +56,7 @@ class Site:
         vmapped members. The first is the one that layer indices count.
       bias: dotted path of the bias added to the result, or None.
       bias_stack_axes: the axes of the bias that are stacked, in the order of ``stack_axes``.
+      tap_axes: of the in-axes, those along which the taps of a convolution's kernel lie.
       groups: feature groups of a convolution.
       is_head: whether the result reaches an output of the function through views, its bias and
         scalar operations alone.
@@ -72,6 +73,7 @@ class Site:
     stack_axes: tuple[int, ...] = ()
     bias: str | None = None
     bias_stack_axes: tuple[int, ...] = ()
+    tap_axes: tuple[int, ...] = ()
     groups: int = 1
     is_head: bool = False
     layers: tuple[int, ...] | None = None
@@ -124,11 +126,14 @@ class Use:
       primitive: the JAX primitive that consumed the weight.
       transposed: whether the use maps the out-space to the in-space (a tied head).
       fallback: why the merged weight had to be built for this use; empty on the fast path.
+      tokens: how many vectors one call sent through the weight here; of a stack, through each
+        member. A lookup sends none.
     """
 
     primitive: str
     transposed: bool = False
     fallback: str = ""
+    tokens: int = 0
 
 
 def _axes(axes: tuple[int, ...]) -> str:
@@ -286,6 +291,7 @@ def _site(leaf: int, leaves: tuple[Leaf, ...], records: list[Record], is_head: b
         in_axes=axes["in"],
         out_axes=axes["out"],
         stack_axes=axes["stack"],
+        tap_axes=tuple(axis for axis in axes["in"] if axis in use.taps),
         groups=use.groups,
         is_head=is_head,
     )
@@ -328,7 +334,7 @@ def _named(sites: list[Site]) -> list[Site]:
 
 def _uses(leaf: int, records: list[Record]) -> tuple[Use, ...]:
     return tuple(
-        Use(r.primitive, r.transposed, r.fallback)
+        Use(r.primitive, r.transposed, r.fallback, r.tokens)
         for r in records
         if isinstance(r, Used) and r.leaf == leaf
     )

@@ -1,5 +1,7 @@
 """Stacked weights, such as scanned layers and experts, of which a method sees one at a time."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,20 +10,56 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from peftjax.config import AdapterConfig
-from peftjax.factors import Arrays, WeightSpec
+from peftjax.factors import Arrays, Weight, WeightSpec
 from peftjax.sites import Site
 
 
 def over_stack(function: Callable[..., Any], site: Site) -> Callable[..., Any]:
-    """The function of one weight as a function of all of a site's, mapped over the stack axes."""
-    for _ in site.stack_axes:
-        function = jax.vmap(function)
-    return function
+    """The function of one weight as a function of all of a site's, mapped over the stack axes.
+
+    Every array has them in front, but for the base of a ``Weight``, which has them where it has
+    them.
+    """
+
+    def mapped(depth: int, *args: Any) -> Any:
+        if depth == len(site.stack_axes):
+            return function(*args)
+        # The axes before this one are mapped over already, and so are gone.
+        own = site.stack_axes[depth] - depth
+        inner = functools.partial(mapped, depth + 1)
+        return jax.vmap(inner, in_axes=tuple(_mapped_axes(arg, own) for arg in args))(*args)
+
+    return functools.partial(mapped, 0)
 
 
-def spread(array: Array | None, site: Site, fill: int) -> Array | None:
+def _mapped_axes(arg: Any, own: int) -> Any:
+    """The axis of each array of an argument to map over."""
+    axes = jax.tree.map(lambda _: 0, arg)
+    if isinstance(arg, Weight) and arg.base is not None:
+        axes = dataclasses.replace(axes, base=own)
+    return axes
+
+
+def stacked_weight(
+    site: Site, spec: WeightSpec, base: Array | None, layers: Any = None, **rest: Any
+) -> Weight:
+    """All of a site's weights as one ``Weight``, whose axes are those of a single one.
+
+    ``layers`` are indices along the first stack axis; None takes the base as it is.
+    """
+    if base is not None and layers is not None:
+        base = jnp.take(base, jnp.asarray(layers), axis=site.stack_axes[0])
+
+    def of_one(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(axis - sum(stack < axis for stack in site.stack_axes) for axis in axes)
+
+    in_axes, out_axes = of_one(site.in_axes), of_one(site.out_axes)
+    return Weight(spec=spec, base=base, in_axes=in_axes, out_axes=out_axes, **rest)
+
+
+def spread(array: Array, site: Site, fill: int) -> Array:
     """The arrays of the selected layers among those of all layers, which hold ``fill``."""
-    if array is None or site.layers is None:
+    if site.layers is None:
         return array
     whole = jnp.full((site.full_stack_shape[0], *array.shape[1:]), fill, array.dtype)
     return whole.at[jnp.asarray(site.layers)].set(array)
@@ -32,7 +70,7 @@ def init_site(
     config: AdapterConfig,
     site: Site,
     spec: WeightSpec,
-    weight: Array | None,
+    base: Array | None,
 ) -> tuple[Arrays, Arrays]:
     """The trainable and the frozen arrays of one site, with its stack axes in front.
 
@@ -41,10 +79,9 @@ def init_site(
     of a layer do not depend on which other layers are selected.
     """
     method = config.method
-    if weight is not None:
-        weight = jnp.transpose(weight, (*site.stack_axes, *site.in_axes, *site.out_axes))
     if not site.stack_axes:
-        return method.init(key, config, spec, method.settings(config, site, None), weight)
+        settings = method.settings(config, site, None)
+        return method.init(key, config, settings, stacked_weight(site, spec, base))
 
     keys = jax.random.split(key, site.full_stack_shape)
     layers = site.layers or range(site.full_stack_shape[0])
@@ -53,12 +90,11 @@ def init_site(
         groups.setdefault(method.settings(config, site, layer), []).append(layer)
 
     def init(settings: Any, chosen: list[int]) -> tuple[Arrays, Arrays]:
-        def one(key: PRNGKeyArray, *weight: Array) -> tuple[Arrays, Arrays]:
-            return method.init(key, config, spec, settings, *(weight or (None,)))
+        def one(key: PRNGKeyArray, weight: Weight) -> tuple[Arrays, Arrays]:
+            return method.init(key, config, settings, weight)
 
-        index = jnp.asarray(chosen)
-        inputs = [keys[index]] if weight is None else [keys[index], weight[index]]
-        return over_stack(one, site)(*inputs)
+        weight = stacked_weight(site, spec, base, chosen)
+        return over_stack(one, site)(keys[jnp.asarray(chosen)], weight)
 
     parts = _padded([init(*group) for group in groups.items()], config, site)
     made = [layer for chosen in groups.values() for layer in chosen]
@@ -72,16 +108,18 @@ def _padded(
     """Groups of layers with their arrays padded to one rank; as they are if they have one."""
     # A rank axis counted from the front stands behind the stack axes.
     stack = len(site.stack_axes)
-    axes = {n: axis + stack if axis >= 0 else axis for n, axis in config.method.rank_axes.items()}
-    ranks = [next((p[n].shape[axes[n]] for n in axes if n in p), 0) for p, _ in parts]
+    axes = {
+        name: tuple(axis + stack if axis >= 0 else axis for axis in own)
+        for name, own in config.method.rank_axes.items()
+    }
+    ranks = [next((p[n].shape[axes[n][0]] for n in axes if n in p), 0) for p, _ in parts]
     if len(set(ranks)) == 1:
         return parts
 
     def pad(name: str, array: Array) -> Array:
-        if name not in axes:
-            return array
         width = [(0, 0)] * array.ndim
-        width[axes[name]] = (0, max(ranks) - array.shape[axes[name]])
+        for axis in axes.get(name, ()):
+            width[axis] = (0, max(ranks) - array.shape[axis])
         return jnp.pad(array, width)
 
     def part(params: Arrays, buffers: Arrays, rank: int) -> tuple[Arrays, Arrays]:

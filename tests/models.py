@@ -90,11 +90,11 @@ class EverythingConfig(AdapterConfig):
     dropout: float = 0.0
 
 
-def _init(key, config, spec, settings, weight):
+def _init(key, config, settings, weight):
+    spec = weight.spec
     keys = jax.random.split(key, 4)
-    taps = spec.in_shape[:-1] if spec.kind == "conv" else ()
     # A scale that differed between the taps of a kernel would be no scale of its input.
-    in_scale = (*(1 for _ in taps), *spec.in_shape[len(taps) :])
+    in_scale = tuple(1 if i in spec.taps else n for i, n in enumerate(spec.in_shape))
     shapes = {
         "A": (*spec.in_shape, config.rank),
         "B": (config.rank, *spec.out_shape),
@@ -110,5 +110,7 @@ def _init(key, config, spec, settings, weight):
 EverythingConfig.method = Method(
     settings=lambda config, site, layer: None,
     init=_init,
-    factors=lambda config, params, buffers: Factors(**params, dropout=config.dropout),
+    factors=lambda config, params, buffers, weight, key: Factors(
+        **params, dropout=0.0 if weight.spec.kind == "lookup" else config.dropout
+    ),
 )

@@ -209,7 +209,7 @@ class TestBadInput:
 
     def test_a_bias_for_a_module_that_has_none(self, stack):
         config = LoraConfig(target_modules=["down"], lora_bias=True)
-        with pytest.raises(ValueError, match=r"layers\.down has no bias"):
+        with pytest.raises(ValueError, match=r"layers\.down: there is no bias"):
             init_adapter(KEY, config, stack[1])
 
     def test_more_directions_than_the_weight_has(self, dense):

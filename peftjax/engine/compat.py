@@ -109,6 +109,26 @@ def mesh_of(x: Any) -> Any:
     return getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
 
 
+def automatic(function: Callable, like: jax.Array, specs: Callable[[Any], Any]) -> Callable:
+    """``function`` with the Explicit axes of the mesh of ``like`` left to the compiler inside.
+
+    ``specs`` gives the partition specs of the results from their shapes.
+    """
+    if explicit_spec(like) is None:
+        return function
+    mesh = mesh_of(like)
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+
+    def call(*args: Any) -> Any:
+        def inside(out: Any) -> Callable:
+            return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
+
+        return inside(specs(jax.eval_shape(inside(PartitionSpec()), *args)))(*args)
+
+    return call
+
+
 def varying_axes(x: Any) -> tuple[str, ...]:
     """The shard_map axes over which the value of ``x`` is known to differ."""
     kind = jax.typeof(x)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec, Sharding
 
 from peftjax.engine import compat
-from peftjax.engine.linear import place
+from peftjax.engine.linear import placed, split_as
 from peftjax.engine.trace import Trace, plain
 from peftjax.engine.views import Dims, Result, Role, View, fold_in, give_roles, remap
 
@@ -139,7 +139,7 @@ def _scan(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) ->
         xs, step = slices
         still = iter(moving)
         state = [carry[i] if i in fixed else next(still) for i in range(n_carry)]
-        args = [*consts, *state]
+        args = _repeated([*consts, *state], params["length"])
         if step is not None:
             args = [fold_in(x, step) if isinstance(x, View) else x for x in args]
         layers = [dataclasses.replace(x, axes=x.axes[1:]) if isinstance(x, View) else x for x in xs]
@@ -163,6 +163,13 @@ def _scan(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) ->
     moved_on = iter(moved)
     final = [carry[i] if i in fixed else next(moved_on) for i in range(n_carry)]
     return [*final, *(xs[handed[i]] if i in handed else y for i, y in enumerate(ys))]
+
+
+def _repeated(values: Sequence[Any], times: int) -> list[Any]:
+    """The values, where each weight is used so many times as often."""
+    return [
+        dataclasses.replace(x, times=x.times * times) if isinstance(x, View) else x for x in values
+    ]
 
 
 def _scannable(trace: Trace, x: Any, eqn: compat.Eqn) -> Any:
@@ -227,13 +234,13 @@ def _while(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) -
 
 def _shard_map(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) -> list[Any]:
     jaxpr, consts = compat.open_jaxpr(eqn.params["jaxpr"])
-    placed: list[Any] = []
+    operands_placed: list[Any] = []
     specs: list[PartitionSpec] = []
     for x, spec in zip(operands, eqn.params["in_specs"], strict=True):
         x = x.value if isinstance(x, Result) else x
-        placed.append(_place_parts(x) if isinstance(x, View) else x)
+        operands_placed.append(placed(x) if isinstance(x, View) else x)
         specs += _part_specs(x, spec) if isinstance(x, View) else [spec]
-    arrays, structure = jax.tree.flatten(placed)
+    arrays, structure = jax.tree.flatten(operands_placed)
     results: list[Any] = []
 
     def body(*shards: Any) -> tuple[Any, ...]:
@@ -248,20 +255,13 @@ def _shard_map(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Repla
     ]
 
 
-def _place_parts(view: View) -> View:
-    return remap(view, view, lambda array, dims, _: place(array, dims, view))
-
-
 def _part_specs(view: View, spec: PartitionSpec) -> list[PartitionSpec]:
     """The spec of the base and of each factor: every axis is split as the base's is."""
-    full = [*spec, *[None] * (view.base.ndim - len(spec))]
+    full = PartitionSpec(*spec, *[None] * (view.base.ndim - len(spec)))
     specs = [spec]
 
     def part(array: jax.Array, dims: Dims, _: Dims) -> jax.Array:
-        sizes = zip(dims, array.shape, strict=True)
-        # A scale of size 1 broadcasts along a split axis.
-        entries = [None if d is None or n != view.base.shape[d] else full[d] for d, n in sizes]
-        specs.append(PartitionSpec(*entries))
+        specs.append(split_as(full, dims, array, view.base))
         return array
 
     remap(view, view, part)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from peftjax.engine import compat
-from peftjax.engine.views import Dims, Layer, Role, View, give_roles, layout
+from peftjax.engine.views import Dims, Layer, Role, View, give_roles, layout, remap
 from peftjax.factors import accumulation_dtype
 
 _SWAPPED: dict[Role, Role] = {"in": "out", "out": "in", "stack": "stack"}
@@ -32,6 +32,7 @@ class Linear:
       product: x through two factors: the one that meets x, then the other.
       scale_x: x times a scale over the stack axes and the axes that are summed over.
       scale_y: the result times a scale over the stack axes and the axes that stay.
+      tokens: how many vectors go through the weight; of a stack, through each member.
       transposed: whether the use maps the out-space to the in-space.
     """
 
@@ -39,6 +40,7 @@ class Linear:
     product: Callable[[Any, jax.Array, jax.Array], jax.Array]
     scale_x: Callable[[Any, jax.Array], Any]
     scale_y: Callable[[jax.Array, jax.Array], jax.Array]
+    tokens: int
     transposed: bool = False
 
 
@@ -98,40 +100,65 @@ def orient(view: View, usage: Sequence[Role]) -> tuple[View, bool] | str:
 
 def merged(view: View) -> jax.Array:
     """The weight with its adapters built in, in the layout and dtype of the base."""
-    view = give_roles(view, ["out"] * view.base.ndim)
-    parts = layout(view)
+    return _built(give_roles(view, ["out"] * view.base.ndim)).astype(view.base.dtype)
+
+
+def fused(view: View, change: jax.Array) -> View:
+    """The weight with its adapters and then a change built in, as a weight of its own.
+
+    The change is laid out (stack, in, out), as a method makes it.
+    """
+    assert not view.drops, "dropout acts on x and cannot be built in"
+    weight = _built(view)
+    change = jnp.transpose(change, _from_method(view)).astype(weight.dtype)
+    base = (weight + compat.place_like(change, compat.explicit_spec(weight), weight)).astype(
+        view.base.dtype
+    )
+    return dataclasses.replace(view, base=base, layers=())
+
+
+def _built(view: View) -> jax.Array:
+    """The weight with its adapters, in the dtype sums run in; every axis has a role."""
+    view, parts = placed(view), layout(view)
     weight = view.base.astype(accumulation_dtype(view.base.dtype))
     for factors in (layer.factors for layer in view.layers):
         if factors.in_scale is not None:
-            weight = weight * along(factors.in_scale, parts["in_scale"], weight)
+            weight = _scaled_inputs(weight, factors.in_scale, view)
         if factors.A is not None and factors.B is not None:
             weight = weight + _change(factors.A, factors.B, view, weight.dtype)
         if factors.out_scale is not None:
             weight = weight * along(factors.out_scale, parts["out_scale"], weight)
-    return weight.astype(view.base.dtype)
+    return weight
 
 
-def unmerged(view: View) -> jax.Array:
-    """The weight that ``merged`` turns into this base."""
-    parts = layout(view)
-    weight = view.base.astype(accumulation_dtype(view.base.dtype))
-    for factors in (layer.factors for layer in reversed(view.layers)):
-        if factors.out_scale is not None:
-            weight = weight / along(factors.out_scale, parts["out_scale"], weight)
-        if factors.A is not None and factors.B is not None:
-            weight = weight - _change(factors.A, factors.B, view, weight.dtype)
-        if factors.in_scale is not None:
-            weight = weight / along(factors.in_scale, parts["in_scale"], weight)
-    return weight.astype(view.base.dtype)
+def _scaled_inputs(weight: jax.Array, scale: jax.Array, view: View) -> jax.Array:
+    """The weight with its inputs scaled; each group of a convolution may have inputs of its own."""
+    dims = layout(view)["in_scale"]
+    grouped = grouped_axis(view, scale)
+    if grouped is None:
+        return weight * along(scale, dims, weight)
+    # The outputs of a group lie side by side, so each group is a block of the out-axis.
+    (out,) = view.dims("out")
+    size = weight.shape[grouped]
+    laid = along(scale, dims, weight)
+    groups = laid.shape[grouped] // size
+    laid = laid.reshape(*laid.shape[:grouped], groups, size, *laid.shape[grouped + 1 :])
+    blocks = weight.reshape(*weight.shape[:out], groups, -1, *weight.shape[out + 1 :])
+    return (blocks * jnp.moveaxis(laid, grouped, out)).reshape(weight.shape)
+
+
+def grouped_axis(view: View, scale: jax.Array) -> int | None:
+    """The axis along which an in-scale counts the channels of all groups, if there is one."""
+    sizes = zip(layout(view)["in_scale"], scale.shape, strict=True)
+    axes = [dim for dim, n in sizes if dim is not None and n not in (1, view.base.shape[dim])]
+    return axes[0] if axes else None
 
 
 def _change(a: jax.Array, b: jax.Array, view: View, dtype: jnp.dtype) -> jax.Array:
     """A B in the layout of the view, every axis of which has a role."""
-    parts = layout(view)
-    a, b = place(a, parts["A"], view), place(b, parts["B"], view)
-    order = [*view.dims("stack"), *view.dims("in"), *view.dims("out")]
     stack = list(range(len(view.dims("stack"))))
     spec = compat.explicit_spec(view.base)
+    order = [*view.dims("stack"), *view.dims("in"), *view.dims("out")]
     change = lax.dot_general(
         a.astype(dtype),
         b.astype(dtype),
@@ -139,15 +166,32 @@ def _change(a: jax.Array, b: jax.Array, view: View, dtype: jnp.dtype) -> jax.Arr
         precision=lax.Precision.HIGHEST,
         out_sharding=spec and PartitionSpec(*[spec[axis] for axis in order]),
     )
-    return jnp.transpose(change, [order.index(axis) for axis in range(len(order))])
+    return jnp.transpose(change, _from_method(view))
 
 
-def place(array: jax.Array, dims: Dims, view: View) -> jax.Array:
-    """A factor on the mesh of the weight, sharded along the weight's own axes."""
+def _from_method(view: View) -> list[int]:
+    """The permutation from the order (stack, in, out) to the view's own."""
+    order = [*view.dims("stack"), *view.dims("in"), *view.dims("out")]
+    return [order.index(axis) for axis in range(len(order))]
+
+
+def placed(view: View) -> View:
+    """The view with its factors on the mesh of the weight, split along its axes as it is."""
     spec = compat.explicit_spec(view.base)
-    if spec is not None:
-        spec = PartitionSpec(*[None if dim is None else spec[dim] for dim in dims])
-    return compat.place_like(array, spec, view.base)
+
+    def place(array: jax.Array, dims: Dims, _: Dims) -> jax.Array:
+        own = None if spec is None else split_as(spec, dims, array, view.base)
+        return compat.place_like(array, own, view.base)
+
+    return remap(view, view, place)
+
+
+def split_as(spec: PartitionSpec, dims: Dims, array: Any, base: jax.Array) -> PartitionSpec:
+    """The spec of an array along these axes of a weight; where it broadcasts it is whole."""
+    sizes = zip(dims, array.shape, strict=True)
+    return PartitionSpec(
+        *[None if dim is None or n != base.shape[dim] else spec[dim] for dim, n in sizes]
+    )
 
 
 def along(scale: jax.Array, dims: Dims, like: jax.Array) -> jax.Array:

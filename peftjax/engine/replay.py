@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from peftjax.engine import compat, results
 from peftjax.engine.control import CONTROL
-from peftjax.engine.linear import apply, orient
+from peftjax.engine.linear import apply, orient, placed
 from peftjax.engine.rules import RULES, Rule
 from peftjax.engine.steps import STEPS, Equation
 from peftjax.engine.trace import Seen, Trace, Used, plain
@@ -131,7 +131,7 @@ def _use(
     oriented = orient(view, usage)
     if isinstance(oriented, str):
         return oriented
-    view, transposed = oriented
+    view, transposed = placed(oriented[0]), oriented[1]
     inputs = [
         operand if i == position else plain(trace, operand, eqn, "both sides are adapted")
         for i, operand in enumerate(operands)
@@ -141,7 +141,8 @@ def _use(
     if isinstance(plan, str):
         return plan
     use, x = plan
-    trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, ""))
+    tokens = use.tokens * view.times
+    trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, "", tokens))
     return [apply(use, fold_in(view, trace.number(eqn)).layers, x).astype(out.dtype)]
 
 
@@ -158,7 +159,8 @@ def _seen(leaf: int, axes: Axes, usage: Sequence[Role], rule: Rule, eqn: compat.
         return next(iter(rest)) if len(rest) == 1 else None
 
     roles = tuple((label, role_of(roles)) for label, roles in sorted(met.items()))
-    return Seen(leaf, rule.kind, roles, rule.groups(eqn.params))
+    taps = tuple(label for axis in rule.taps(eqn.params) for label in axes[axis])
+    return Seen(leaf, rule.kind, roles, taps, rule.groups(eqn.params))
 
 
 def _join(operands: list[Any], values: list[Any]) -> list[Any]:

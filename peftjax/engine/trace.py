@@ -22,23 +22,34 @@ class Seen:
       kind: the kind of use.
       roles: the original axes that are still there, each with the role of the use; None where
         parts of one axis are both summed over and kept.
+      taps: of those axes, the ones along which the taps of a convolution's kernel lie.
       groups: feature groups of a convolution.
     """
 
     leaf: int
     kind: Kind
     roles: tuple[tuple[int, Role | None], ...]
+    taps: tuple[int, ...]
     groups: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Used:
-    """A use of a weight whose roles are known; ``fallback`` says why it was materialised."""
+    """A use of a weight whose roles are known.
+
+    Attributes:
+      leaf: the leaf used.
+      primitive: what used it.
+      transposed: whether the use maps the out-space to the in-space.
+      fallback: why it was materialised; empty where it was not.
+      tokens: how many vectors one call sends through the weight here.
+    """
 
     leaf: int
     primitive: str
     transposed: bool
     fallback: str
+    tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

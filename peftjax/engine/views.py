@@ -49,6 +49,7 @@ class View:
       axes: for each current axis, the axes of the original weight it is made of; none for an axis
         of size 1 that was added on the way.
       roles: role of each axis of the original weight; None while roles are being found out.
+      times: how often the loops around it use this one weight.
       joined: while roles are being found out, other leaves that went into this array along the
         same axes, as when weights are concatenated.
     """
@@ -58,6 +59,7 @@ class View:
     leaf: int = dataclasses.field(default=0, metadata={"static": True})
     axes: Axes = dataclasses.field(default=(), metadata={"static": True})
     roles: tuple[Role, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    times: int = dataclasses.field(default=1, metadata={"static": True})
     joined: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def role(self, axis: int) -> Role | None:
@@ -102,6 +104,7 @@ def layout(view: View) -> dict[str, Dims]:
         "B": (*stack, None, *outs),
         "in_scale": (*stack, *ins),
         "out_scale": (*stack, *outs),
+        "change": (*stack, *ins, *outs),
         "key": stack,
     }
 

@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax import lax
+from jaxtyping import Array, PRNGKeyArray
 
 from peftjax.config import AdapterConfig, FrozenMapping, check_regex, rejects
-from peftjax.factors import Arrays, Factors, Method, WeightSpec
+from peftjax.factors import Arrays, BiasChange, Dense, Factors, Method, Weight, WeightSpec, inverse
 from peftjax.sites import Site
 from peftjax.targeting import pattern_value
 
@@ -56,12 +57,25 @@ class LoraConfig(AdapterConfig):
         \alpha / \sqrt{r} & \text{with } \texttt{use\_rslora}
       \end{cases}
 
+    With ``use_dora`` the columns of the changed weight :math:`V = W + s A B` keep their directions
+    and get trainable lengths :math:`m`; the norm is taken without gradient, as the paper does:
+
+    .. math::
+
+      y = \frac{m}{\lVert V \rVert} \odot (x W + s \, (x A) B), \qquad
+      \lVert V \rVert^2 = \lVert W \rVert^2 + 2 s \, (W^\top A) \cdot B
+        + s^2 \, B \cdot (A^\top A) B \quad \text{column by column}
+
+    Neither V nor any other matrix of W's size is built. A bias is not scaled. ``lora_dropout``
+    drops from the input of A alone; PEFT also drops from the input of :math:`(m / \lVert V \rVert
+    - 1) W`, which has the same mean, more noise, and costs a second product with W.
+
     Args:
       r: rank of the change.
       lora_alpha: numerator of the scale.
       lora_dropout: probability of dropping an input feature on the adapter's way, in training.
       use_rslora: divide by the square root of the rank, which keeps large ranks learning.
-      use_dora: not supported yet; raises when set.
+      use_dora: learn lengths and directions of the weight's columns apart.
       lora_bias: give the change a bias of its own.
       rank_pattern: rank of single modules; keys are regular expressions for the end of a path,
         the first that matches wins.
@@ -106,6 +120,9 @@ class LoraConfig(AdapterConfig):
 
       Büyükakyüz, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models, 2024,
       https://arxiv.org/abs/2406.01775
+
+      Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024,
+      https://arxiv.org/abs/2402.09353
     """
 
     peft_type: ClassVar[str] = "LORA"
@@ -132,8 +149,6 @@ class LoraConfig(AdapterConfig):
             raise ValueError(f"`bias` must be one of {', '.join(_BIASES)}; got {self.bias!r}")
         if self.lora_bias and self.use_dora:
             raise ValueError("`lora_bias` does not work with `use_dora`: set one of them")
-        if self.use_dora:
-            raise ValueError("`use_dora` is not supported yet: leave it at False")
 
     def _check_ranks(self) -> None:
         ranks = {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
@@ -183,18 +198,23 @@ class _Settings:
 def _settings(config: LoraConfig, site: Site, layer: int | None) -> _Settings:
     rank = pattern_value(config.rank_pattern, site, config.r, layer)
     alpha = pattern_value(config.alpha_pattern, site, config.lora_alpha, layer)
+    if config.lora_bias and site.bias is None:
+        raise ValueError(
+            "there is no bias that `lora_bias` could change: exclude the module or leave it off"
+        )
     return _Settings(rank, config.scaling(rank, alpha))
 
 
 def _init(
-    key: Array, config: LoraConfig, spec: WeightSpec, settings: _Settings, weight: Array | None
+    key: PRNGKeyArray, config: LoraConfig, settings: _Settings, weight: Weight
 ) -> tuple[Arrays, Arrays]:
     """A and B of one weight; with PiSSA and OLoRA their start as well, which is subtracted."""
-    rank, scaling = settings.rank, jnp.asarray(settings.scaling, spec.dtype)
+    spec, rank = weight.spec, settings.rank
+    scaling = jnp.asarray(settings.scaling, spec.dtype)
     init = config.init_lora_weights
     buffers = {"scaling": scaling}
-    if isinstance(init, str) and weight is not None:
-        a, b = _from_weight(init, key, weight, spec, settings)
+    if _starts_from_weight(config):
+        a, b = _from_weight(str(init), key, weight, settings)
         buffers |= {"lora_A_init": a, "lora_B_init": b}
     elif init == "orthogonal":
         a, b = _orthogonal(key, spec, rank)
@@ -205,7 +225,15 @@ def _init(
         bound = 0.0 if init else 1 / math.sqrt(rank)
         shape = spec.out_shape
         params["lora_B_bias"] = jax.random.uniform(key, shape, spec.dtype, -bound, bound)
+    if config.use_dora:
+        # The lengths of the columns as they are, so that nothing is rescaled at the start.
+        norms = _norms(weight, *_low_rank(params, buffers))
+        params["lora_magnitude_vector"] = norms.astype(spec.dtype)
     return params, buffers
+
+
+def _starts_from_weight(config: LoraConfig) -> bool:
+    return str(config.init_lora_weights).startswith(("olora", "pissa"))
 
 
 def _random(key: Array, init: bool | str, spec: WeightSpec, rank: int) -> tuple[Array, Array]:
@@ -245,12 +273,9 @@ def _orthogonal(key: Array, spec: WeightSpec, rank: int) -> tuple[Array, Array]:
     return a.reshape(*spec.in_shape, rank), b.reshape(rank, *spec.out_shape)
 
 
-def _from_weight(
-    init: str, key: Array, weight: Array, spec: WeightSpec, settings: _Settings
-) -> tuple[Array, Array]:
+def _from_weight(init: str, key: Array, weight: Weight, settings: _Settings) -> tuple[Array, Array]:
     """The factors that PiSSA and OLoRA take out of the weight, before they are scaled."""
-    rank = settings.rank
-    matrix = weight.astype(spec.dtype).reshape(math.prod(spec.in_shape), -1)
+    spec, rank, matrix = weight.spec, settings.rank, weight.matrix()
     if rank > min(matrix.shape):
         raise ValueError(
             f"init_lora_weights={init!r} takes at most {min(matrix.shape)} directions out of a "
@@ -282,7 +307,8 @@ def _svd(init: str, key: Array, matrix: Array, rank: int) -> tuple[Array, Array,
     return (basis @ u)[:, :rank], s[:rank], vt[:rank]
 
 
-def _factors(config: LoraConfig, params: Arrays, buffers: Arrays) -> Factors:
+def _low_rank(params: Arrays, buffers: Arrays) -> tuple[Array, Array]:
+    """A and s B, the initial ones subtracted where they were taken out of the weight."""
     a, b, scaling = params["lora_A"], params["lora_B"], buffers["scaling"]
     if "rank_mask" in buffers:
         a = a * jnp.broadcast_to(buffers["rank_mask"], a.shape)
@@ -290,18 +316,54 @@ def _factors(config: LoraConfig, params: Arrays, buffers: Arrays) -> Factors:
     if "lora_A_init" in buffers:
         a = jnp.concatenate([a, buffers["lora_A_init"]], axis=-1)
         b = jnp.concatenate([b, -scaling * buffers["lora_B_init"]], axis=0)
-    return Factors(A=a, B=b, dropout=config.lora_dropout)
+    return a, b
 
 
-def _bias(config: LoraConfig, params: Arrays, buffers: Arrays) -> Array | None:
-    return buffers["scaling"] * params["lora_B_bias"] if config.lora_bias else None
+def _norms(weight: Weight, a: Array, b: Array) -> Array:
+    """The lengths of the columns of W + A B, which is not built."""
+    changed = dataclasses.replace(weight, earlier=(*weight.earlier, Factors(A=a, B=b)))
+    # Rounding could leave a column of zeros a square below zero.
+    squares = jnp.maximum(changed.squared_norms(), jnp.finfo(a.dtype).tiny)
+    return lax.stop_gradient(jnp.sqrt(squares))
+
+
+def _factors(
+    config: LoraConfig, params: Arrays, buffers: Arrays, weight: Weight, key: PRNGKeyArray | None
+) -> Factors:
+    a, b = _low_rank(params, buffers)
+    # A lookup has no input to drop from.
+    dropout = 0.0 if weight.spec.kind == "lookup" else config.lora_dropout
+    if not config.use_dora:
+        return Factors(A=a, B=b, dropout=dropout)
+    norms = _norms(weight, *lax.stop_gradient((a, b)))
+    magnitude = params["lora_magnitude_vector"]
+    return Factors(A=a, B=b, out_scale=magnitude / norms.astype(magnitude.dtype), dropout=dropout)
+
+
+def _inverse(
+    config: LoraConfig, params: Arrays, buffers: Arrays, weight: Weight, key: PRNGKeyArray | None
+) -> Factors | Dense:
+    if config.use_dora:
+        raise ValueError(
+            "a weight that DoRA was merged into no longer says how long its columns were: keep "
+            "the base params instead of unmerging"
+        )
+    return inverse(_factors(config, params, buffers, weight, key))
+
+
+def _bias(config: LoraConfig, params: Arrays, buffers: Arrays) -> BiasChange | None:
+    if not config.lora_bias:
+        return None
+    return BiasChange(shift=buffers["scaling"] * params["lora_B_bias"])
 
 
 LoraConfig.method = Method(
     settings=_settings,
     init=_init,
     factors=_factors,
+    inverse=_inverse,
     bias=_bias,
-    rank_axes={"lora_A": -1, "lora_B": 0, "lora_A_init": -1, "lora_B_init": 0},
-    needs_weight=lambda config: str(config.init_lora_weights).startswith(("olora", "pissa")),
+    rank_axes={"lora_A": (-1,), "lora_B": (0,), "lora_A_init": (-1,), "lora_B_init": (0,)},
+    init_reads_weight=lambda config: config.use_dora or _starts_from_weight(config),
+    reads_weight=lambda config: config.use_dora,
 )

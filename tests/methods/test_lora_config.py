@@ -97,11 +97,6 @@ def test_lora_bias_excludes():
         LoraConfig(lora_bias=True, use_dora=True)
 
 
-def test_dora_is_not_ignored():
-    with pytest.raises(ValueError, match="`use_dora` is not supported yet"):
-        LoraConfig(use_dora=True)
-
-
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
 def test_pattern_keys_are_regular_expressions(field):
     with pytest.raises(ValueError, match=f"`{field}` holds 'q\\('"):

@@ -22,6 +22,7 @@ class Rule:
       linear: from the oriented view, whether it is used transposed, its position, the operands,
         the parameters and the type of the result: the linear map, and the x it applies to; or why
         the factors cannot be applied.
+      taps: the axes of the weight along which a kernel's taps lie, from the parameters.
       groups: the feature groups of the use, from the parameters.
     """
 
@@ -30,13 +31,18 @@ class Rule:
     linear: Callable[
         [View, bool, int, list[jax.Array], dict[str, Any], Any], tuple[Linear, Any] | str
     ]
+    taps: Callable[[dict[str, Any]], tuple[int, ...]] = lambda params: ()
     groups: Callable[[dict[str, Any]], int] = lambda params: 1
 
 
 RULES: dict[str, Rule] = {
     "dot_general": Rule("dense", dot.usage, dot.linear),
     "conv_general_dilated": Rule(
-        "conv", conv.usage, conv.linear, lambda params: params["feature_group_count"]
+        "conv",
+        conv.usage,
+        conv.linear,
+        taps=lambda params: tuple(params["dimension_numbers"].rhs_spec[2:]),
+        groups=lambda params: params["feature_group_count"],
     ),
     "gather": Rule("lookup", lookup.usage, lookup.linear),
     "ragged_dot_general": Rule("dense", ragged.usage, ragged.linear),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.engine.linear import Linear, along, place
+from peftjax.engine.linear import Linear, along
 from peftjax.engine.views import Role, View, layout
 
 
@@ -41,6 +41,7 @@ def linear(
     channels = parts["in_scale"].index(in_axis)
     for layer in view.layers:
         scale = layer.factors.in_scale
+        # A scale of its own for every channel of x, all groups' together, is x's own as well.
         if scale is not None and any(n != 1 for i, n in enumerate(scale.shape) if i != channels):
             return "its in-scale differs between the taps of the kernel"
 
@@ -50,7 +51,6 @@ def linear(
     def product(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
         # The first kernel keeps the taps and gives each group its own copy of the rank features;
         # the second has one tap and, grouped alike, sees exactly those of its group.
-        first, second = place(first, parts["A"], view), place(second, parts["B"], view)
         down = jnp.moveaxis(first.astype(x.dtype), -1, out_axis)
         down = jnp.concatenate([down] * groups, axis=out_axis) if groups > 1 else down
         inner = lax.conv_general_dilated(x, down, **params)
@@ -70,9 +70,12 @@ def linear(
         )
 
     def scale_x(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return x * along(jnp.tile(scale.ravel(), groups), (numbers.lhs_spec[1],), x)
+        channels_of_x = x.shape[numbers.lhs_spec[1]]
+        scale = jnp.tile(scale.ravel(), channels_of_x // scale.size)
+        return x * along(scale, (numbers.lhs_spec[1],), x)
 
     def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
         return y * along(scale, (numbers.out_spec[1],), y)
 
-    return Linear(base, product, scale_x, scale_y), operands[0]
+    tokens = out.size // max(1, out.shape[numbers.out_spec[1]])
+    return Linear(base, product, scale_x, scale_y, tokens), operands[0]

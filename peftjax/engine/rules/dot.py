@@ -1,5 +1,6 @@
 """Dot products: the weight on either side, of any number of axes, batched or not."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from peftjax.engine import compat
-from peftjax.engine.linear import Linear, along, place
+from peftjax.engine.linear import Linear, along
 from peftjax.engine.views import Role, View, layout
 from peftjax.factors import accumulation_dtype
 
@@ -55,8 +56,8 @@ def linear(
         free_x = [axis for axis in range(x.ndim) if axis not in (*contract_x, *batch_x)]
         spec = compat.explicit_spec(x)
         inner_spec = spec and PartitionSpec(*[spec[a] for a in (*batch_x, *free_x)], None)
-        first = place(first, first_dims, view).astype(x.dtype)
-        second = place(second, second_dims, view).astype(x.dtype)
+        first = first.astype(x.dtype)
+        second = second.astype(x.dtype)
         options = _product_options(params, x.dtype)
         inner = lax.dot_general(
             x,
@@ -81,6 +82,7 @@ def linear(
         return start + free_w.index(axis)
 
     x_axis = dict(zip((*contract_w, *batch_w), (*contract_x, *batch_x), strict=True))
+    x = operands[1 - position]
     stack, ins, outs = view.dims("stack"), view.dims("in"), view.dims("out")
     x_dims, y_dims = (
         (*stack, *(outs if transposed else ins)),
@@ -91,9 +93,10 @@ def linear(
         product,
         scale_x=lambda x, s: x * along(s, tuple(x_axis[axis] for axis in x_dims), x),
         scale_y=lambda y, s: y * along(s, tuple(axis_of_y(axis, y.ndim) for axis in y_dims), y),
+        tokens=math.prod(n for axis, n in enumerate(x.shape) if axis not in x_axis.values()),
         transposed=transposed,
     )
-    return use, operands[1 - position]
+    return use, x
 
 
 def _product_options(params: dict, dtype: jnp.dtype) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from peftjax.engine.linear import Linear, along, place
+from peftjax.engine.linear import Linear, along
 from peftjax.engine.views import Dims, Role, View, layout
 from peftjax.factors import accumulation_dtype
 
@@ -99,8 +99,6 @@ def linear(
         return y if x.scale is None else y * along(x.scale, tuple(index_place), y)
 
     def product(x: _Rows, first: jax.Array, second: jax.Array) -> jax.Array:
-        first = place(first, parts["A"], view)
-        second = place(second, parts["B"], view)
         inner = rows(first, parts["A"], x.indices, 0)
         if x.scale is not None:
             inner = inner * x.scale[..., None].astype(inner.dtype)
@@ -122,4 +120,4 @@ def linear(
     def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
         return y * along(scale, (*(index_place[dim] for dim in stacked), *offset), y)
 
-    return Linear(base, product, scale_x, scale_y), _Rows(indices)
+    return Linear(base, product, scale_x, scale_y, tokens=0), _Rows(indices)

@@ -95,4 +95,5 @@ def linear(
         axes = (row, *(len(free_x) + free_w.index(axis) for axis in outs))
         return y * along(by_row(scale), axes, y)
 
-    return Linear(base, product, scale_x, scale_y, transposed), x
+    tokens = x.shape[ragged_x] // max(1, group_sizes.shape[0])
+    return Linear(base, product, scale_x, scale_y, tokens, transposed), x
