@@ -122,6 +122,13 @@ def init_adapter(
     return Adapter(trainable, frozen, None, config, Sites(chosen.sites), tuple(saved.values()))
 
 
+def site_arrays(adapter: Adapter, site: Site) -> tuple[Arrays, Arrays]:
+    """The trainable and the frozen arrays of one site, without leaves saved under its module."""
+    whole = {leaf.leaf_name for leaf in adapter.saved if leaf.module == site.name}
+    own = {name: x for name, x in adapter.params[site.name].items() if name not in whole}
+    return own, adapter.buffers[site.name]
+
+
 def weight_spec(site: Site, dtype: DTypeLike) -> WeightSpec:
     """What a method is told about the weights of a site."""
     taps = tuple(site.in_axes.index(axis) for axis in site.tap_axes)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
-from peftjax.adapter import Adapter, path_key, weight_spec
+from peftjax.adapter import Adapter, path_key, site_arrays, weight_spec
 from peftjax.engine import compat
 from peftjax.engine.linear import fused, split_as
 from peftjax.engine.views import Layer, View, layout
@@ -48,7 +48,7 @@ def changed_weight(
         return _spread(over_stack(one, site)(params, buffers, weight, keys), site)
 
     make = compat.automatic(every, view.base, lambda shapes: _specs(shapes, view))
-    change = make(own_arrays(adapter, site), adapter.buffers[site.name], view, own_key)
+    change = make(*site_arrays(adapter, site), view, own_key)
     if isinstance(change, Dense):
         return fused(view, change.change)
     return dataclasses.replace(view, layers=(*view.layers, Layer(change, _keys(key, site))))
@@ -63,7 +63,7 @@ def _keys(key: PRNGKeyArray | None, site: Site) -> PRNGKeyArray | None:
 def _as_left(view: View, adapter: Adapter, site: Site, tokens: int | None) -> Weight:
     """The selected layers of a weight as earlier adapters left them, for a method to ask about."""
     method = adapter.config.method
-    dtype = next(iter(own_arrays(adapter, site).values())).dtype
+    dtype = next(iter(site_arrays(adapter, site)[0].values())).dtype
     reads = method.reads_weight(adapter.config)
     earlier = tuple(layer.factors for layer in view.layers) if reads else ()
     if site.layers is not None:
@@ -110,22 +110,18 @@ def _specs(change: Change, view: View) -> Change:
 def bias_change(adapter: Adapter, site: Site) -> BiasChange:
     """What an adapter changes about the bias of one site, laid out (stack, out)."""
     config = adapter.config
+    own, frozen = site_arrays(adapter, site)
+    weight = stacked_weight(site, weight_spec(site, next(iter(own.values())).dtype), None)
 
     def one(params: Arrays, buffers: Arrays) -> BiasChange:
-        return config.method.bias(config, params, buffers) or BiasChange()
+        return config.method.bias(config, params, buffers, weight)
 
-    made = over_stack(one, site)(own_arrays(adapter, site), adapter.buffers[site.name])
+    made = over_stack(one, site)(own, frozen)
     return BiasChange(_whole(made.scale, site, 1), _whole(made.shift, site, 0))
 
 
 def wants_tokens(adapter: Adapter, site: Site) -> bool:
     """Whether the method wants to know how many tokens pass through a weight of this site."""
-    own = own_arrays(adapter, site)
+    own, _ = site_arrays(adapter, site)
     spec = weight_spec(site, next(iter(own.values())).dtype)
     return adapter.config.method.wants_tokens(adapter.config, spec, own)
-
-
-def own_arrays(adapter: Adapter, site: Site) -> Arrays:
-    """The method's arrays of one site, without whole leaves saved under the same module."""
-    whole = {leaf.leaf_name for leaf in adapter.saved if leaf.module == site.name}
-    return {name: x for name, x in adapter.params[site.name].items() if name not in whole}

@@ -95,10 +95,10 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _freeze(getattr(self, field.name)))
-        _check_names("target_modules", self.target_modules, or_string=True, or_function=True)
-        _check_names("exclude_modules", self.exclude_modules, or_string=True, or_function=True)
-        _check_names("layers_pattern", self.layers_pattern, or_string=True)
-        _check_names("modules_to_save", self.modules_to_save)
+        check_names("target_modules", self.target_modules, or_string=True, or_function=True)
+        check_names("exclude_modules", self.exclude_modules, or_string=True, or_function=True)
+        check_names("layers_pattern", self.layers_pattern, or_string=True)
+        check_names("modules_to_save", self.modules_to_save)
         self._check_layers()
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             value = getattr(self, name)
@@ -212,6 +212,31 @@ def _supported(cls: type[AdapterConfig], fields: Mapping[str, Any]) -> dict[str,
     return {name: value for name, value in fields.items() if name not in cls.unsupported_fields}
 
 
+def check_ranks(r: int, rank_pattern: Mapping[str, int], field: str = "r") -> tuple[int, ...]:
+    """Returns every rank of a config; raises a ValueError unless all are positive integers."""
+    ranks = {field: r, **{f"rank_pattern[{key!r}]": rank for key, rank in rank_pattern.items()}}
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or rank <= 0:
+            raise ValueError(
+                f"`{name}` should be a positive integer value but the value passed is {rank}"
+            )
+    for key in rank_pattern:
+        check_regex("rank_pattern", key)
+    return tuple(ranks.values())
+
+
+def check_probability(field: str, value: float) -> None:
+    """Raises a ValueError that names the field unless the value is in [0, 1)."""
+    if not 0 <= value < 1:
+        raise ValueError(f"`{field}` must be in [0, 1), got {value}")
+
+
+def check_biases(bias: str, own: str) -> None:
+    """Raises a ValueError unless ``bias`` is ``none``, ``all`` or the method's own word."""
+    if bias not in ("none", "all", own):
+        raise ValueError(f"`bias` must be one of none, all, {own}; got {bias!r}")
+
+
 def check_regex(field: str, pattern: str) -> None:
     """Raises a ValueError that names the field if the pattern is no regular expression."""
     try:
@@ -222,7 +247,7 @@ def check_regex(field: str, pattern: str) -> None:
         ) from error
 
 
-def _check_names(
+def check_names(
     field: str, value: object, *, or_string: bool = False, or_function: bool = False
 ) -> None:
     """Raises a TypeError unless the value is None, a tuple of strings, or else allowed."""

@@ -252,7 +252,8 @@ class Method:
         otherwise): the change of the weight.
       inverse: from the same, the weight being the changed one: the change that undoes it. By
         default ``inverse`` of ``factors``, which is right where they do not read the weight.
-      bias: from the config and the arrays: the change of the weight's bias, or None.
+      bias: from the config, the arrays and the weight, which it cannot read: the change of the
+        weight's bias.
       rank_axes: for each array that has rank axes, which they are; layers of one stack whose
         ranks differ are padded along them, and told apart by a 0/1 ``rank_mask`` among the frozen
         arrays.
@@ -266,7 +267,7 @@ class Method:
     init: Callable[[PRNGKeyArray, Any, Any, Weight], tuple[Arrays, Arrays]]
     factors: Make
     inverse: Make | None = None
-    bias: Callable[[Any, Arrays, Arrays], BiasChange | None] = lambda config, params, buffers: None
+    bias: Callable[[Any, Arrays, Arrays, Weight], BiasChange] = lambda *_: BiasChange()
     rank_axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     init_reads_weight: Callable[[Any], bool] = lambda config: False
     reads_weight: Callable[[Any], bool] = lambda config: False

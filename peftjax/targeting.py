@@ -105,6 +105,20 @@ def pattern_value(pattern: Mapping[str, T], site: Site, default: T, layer: int |
     return next((pattern[name] for name in names if name in pattern), default)
 
 
+def is_named(names: str | Sequence[str], site: Site, layer: int | None = None) -> bool:
+    """Whether names, by the rules of ``target_modules``, name a site or one layer of it.
+
+    Args:
+      names: a list of names, or a regular expression for the whole path.
+      site: the site.
+      layer: layer of a stacked site, which answers to that layer's names as well.
+    """
+    own = (site.name, *(() if layer is None else _layer_names(site, layer)))
+    if isinstance(names, str):
+        return any(re.fullmatch(names, name) for name in own)
+    return any(_ends_with(entry, name) for entry in names for name in own)
+
+
 def unmatched_patterns(pattern: Mapping[str, object], sites: Sites) -> tuple[str, ...]:
     """Returns the keys of a ``rank_pattern`` or ``alpha_pattern`` that match no site's layer."""
     layers = [(site, layer) for site in sites.sites for layer in _every_layer(site)]

@@ -17,7 +17,17 @@ import pytest
 from models import EverythingConfig
 from zoo import CASES, Case, Expected
 
-from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge, unmerge
+from peftjax import (
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    adapt,
+    find_sites,
+    init_adapter,
+    merge,
+    unmerge,
+)
 
 
 class Method(NamedTuple):
@@ -29,34 +39,54 @@ class Method(NamedTuple):
       accepts: whether the method can be used on a site.
       identity: whether an adapter changes nothing at the start.
       everywhere: whether it runs on every case, or on one of each kind.
+      invertible: whether the merged weights hold what it takes to unmerge them.
+      std: of the numbers drawn for an adapter; a product of many small ones would vanish.
     """
 
     name: str
     config: Callable[..., Any]
     accepts: Callable[[Expected], bool] = lambda site: True
     identity: bool = True
-    everywhere: bool = True
+    everywhere: bool = False
+    invertible: bool = True
+    std: float = 0.3
 
 
 # alpha never equals r: a forgotten scale must show.
 lora = functools.partial(LoraConfig, r=3, lora_alpha=5)
 
+loha = functools.partial(LoHaConfig, r=2, alpha=5)
+hra = functools.partial(HRAConfig, r=4)
+
 METHODS = [
-    Method("lora", lora),
+    Method("lora", lora, everywhere=True),
     Method("lora_pissa", functools.partial(lora, init_lora_weights="pissa")),
     Method(
         "lora_bias",
         functools.partial(lora, lora_bias=True, use_rslora=True),
         accepts=lambda site: site.bias is not None,
     ),
+    Method("lora_gaussian", functools.partial(lora, init_lora_weights="gaussian", use_rslora=True)),
     # No method of its own, but every part of the factors at once.
-    Method("everything", EverythingConfig, identity=False),
-    # Beyond its start this is the first row again.
+    Method("everything", EverythingConfig, identity=False, everywhere=True),
+    Method("dora", functools.partial(lora, use_dora=True), everywhere=True, invertible=False),
     Method(
-        "lora_gaussian",
-        functools.partial(lora, init_lora_weights="gaussian", use_rslora=True),
-        everywhere=False,
+        "dora_olora",
+        functools.partial(lora, use_dora=True, init_lora_weights="olora"),
+        invertible=False,
     ),
+    Method("loha", functools.partial(loha, r=1), std=1),
+    Method("loha_fused", functools.partial(loha, r=6), std=1),
+    Method(
+        "loha_core",
+        functools.partial(loha, use_effective_conv2d=True),
+        accepts=lambda site: site.kind == "conv",
+        std=1,
+    ),
+    Method("hra", hra, everywhere=True),
+    Method("hra_gs", functools.partial(hra, apply_GS=True)),
+    Method("ia3", functools.partial(IA3Config, feedforward_modules=[]), everywhere=True),
+    Method("ia3_feedforward", functools.partial(IA3Config, feedforward_modules=".*")),
 ]
 
 KINDS = {
@@ -65,9 +95,15 @@ KINDS = {
     "linen_grouped_conv",
     "linen_tied_embedding",
     "linen_scan_axis1_remat",
+    "nnx_scan_remat",
+    "haiku_conv",
+    "equinox_conv",
     "einsum_attention",
+    "weight_on_the_left",
     "moe_einsum",
     "moe_ragged_dot",
+    "vmap_members",
+    "dilated_both_ways",
 }
 
 
@@ -142,7 +178,7 @@ def differentiate(case: Case, function: Callable[[Any], Any], trainable: Any) ->
     return outputs, slope
 
 
-def comparison(case: Case, apply_fn: Callable[..., Any]) -> Callable[..., Numbers]:
+def comparison(method: Method, case: Case, apply_fn: Callable[..., Any]) -> Callable[..., Numbers]:
     """All that one row compares, in one function that may be traced once."""
     adapted = adapt(apply_fn)
 
@@ -161,7 +197,7 @@ def comparison(case: Case, apply_fn: Callable[..., Any]) -> Callable[..., Number
             *differentiate(case, on_the_fly, adapter.params),
             *differentiate(case, by_merging, adapter.params),
             merged_params,
-            unmerge(merged_params, adapter),
+            unmerge(merged_params, adapter) if method.invertible else params,
         )
 
     # chex counts by source line, and every row has this one.
@@ -196,14 +232,14 @@ def test_sites(case):
 def check(method: Method, case: Case, dtype: Any, tolerance: float):
     """Holds an adapter against merging, as it starts and with every trainable number drawn."""
     apply_fn, params, args, adapter = prepare(method, case, dtype)
-    compare = comparison(case, apply_fn)
+    compare = comparison(method, case, apply_fn)
 
     start = compare(params, adapter, args)
     if method.identity:
         assert error(start.adapted, start.base) < tolerance
     assert error(start.adapted_slope, start.merged_slope) < tolerance
 
-    drawn = compare(params, adapter.replace(params=normal(adapter.params, 0.3)), args)
+    drawn = compare(params, adapter.replace(params=normal(adapter.params, method.std)), args)
     assert error(drawn.adapted, drawn.merged) < tolerance
     assert error(drawn.adapted_slope, drawn.merged_slope) < tolerance
     assert error(drawn.adapted, drawn.base) > 0.05, "an adapter that does nothing agrees too"
@@ -228,8 +264,8 @@ def test_single_and_half_precision(method, case):
         compare, single = check(method, case, jnp.float32, 1e-5)
 
         apply_fn, params, args, adapter = prepare(method, case, jnp.bfloat16)
-        adapter = adapter.replace(params=normal(adapter.params, 0.3))
-        half = comparison(case, apply_fn)(params, adapter, args)
+        adapter = adapter.replace(params=normal(adapter.params, method.std))
+        half = comparison(method, case, apply_fn)(params, adapter, args)
         single = single.replace(params=adapter.params, buffers=adapter.buffers)
         exact = compare(*cast((params, single, args), jnp.float32))
 

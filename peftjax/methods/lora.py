@@ -11,12 +11,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
-from peftjax.config import AdapterConfig, FrozenMapping, check_regex, rejects
+from peftjax.config import (
+    AdapterConfig,
+    FrozenMapping,
+    check_biases,
+    check_probability,
+    check_ranks,
+    check_regex,
+    rejects,
+)
 from peftjax.factors import Arrays, BiasChange, Dense, Factors, Method, Weight, WeightSpec, inverse
 from peftjax.sites import Site
 from peftjax.targeting import pattern_value
 
-_BIASES = ("none", "all", "lora_only")
 _INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?")
 _INITS_OF_PEFT_ALONE = ("mica", "eva", "corda", "loftq", "lora_ga")
 
@@ -141,30 +148,16 @@ class LoraConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_ranks()
-        self._check_init()
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"`lora_dropout` must be in [0, 1), got {self.lora_dropout}")
-        if self.bias not in _BIASES:
-            raise ValueError(f"`bias` must be one of {', '.join(_BIASES)}; got {self.bias!r}")
-        if self.lora_bias and self.use_dora:
-            raise ValueError("`lora_bias` does not work with `use_dora`: set one of them")
-
-    def _check_ranks(self) -> None:
-        ranks = {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
-        for name, rank in {"r": self.r, **ranks}.items():
-            if not isinstance(rank, int) or rank <= 0:
-                raise ValueError(
-                    f"`{name}` should be a positive integer value but the value passed is {rank}"
-                )
-            if self.init_lora_weights == "orthogonal" and rank % 2:
-                raise ValueError(
-                    f'`init_lora_weights="orthogonal"` needs even ranks, got {name} = {rank}'
-                )
-        for key in self.rank_pattern:
-            check_regex("rank_pattern", key)
+        ranks = check_ranks(self.r, self.rank_pattern)
         for key in self.alpha_pattern:
             check_regex("alpha_pattern", key)
+        self._check_init()
+        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+            raise ValueError(f'`init_lora_weights="orthogonal"` needs even ranks, got {ranks}')
+        check_probability("lora_dropout", self.lora_dropout)
+        check_biases(self.bias, "lora_only")
+        if self.lora_bias and self.use_dora:
+            raise ValueError("`lora_bias` does not work with `use_dora`: set one of them")
 
     def _check_init(self) -> None:
         init = self.init_lora_weights
@@ -351,9 +344,9 @@ def _inverse(
     return inverse(_factors(config, params, buffers, weight, key))
 
 
-def _bias(config: LoraConfig, params: Arrays, buffers: Arrays) -> BiasChange | None:
+def _bias(config: LoraConfig, params: Arrays, buffers: Arrays, weight: Weight) -> BiasChange:
     if not config.lora_bias:
-        return None
+        return BiasChange()
     return BiasChange(shift=buffers["scaling"] * params["lora_B_bias"])
 
 
