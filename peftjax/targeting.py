@@ -116,7 +116,7 @@ def is_named(names: str | Sequence[str], site: Site, layer: int | None = None) -
     own = (site.name, *(() if layer is None else _layer_names(site, layer)))
     if isinstance(names, str):
         return any(re.fullmatch(names, name) for name in own)
-    return any(_ends_with(entry, name) for entry in names for name in own)
+    return any(ends_with(entry, name) for entry in names for name in own)
 
 
 def unmatched_patterns(pattern: Mapping[str, object], sites: Sites) -> tuple[str, ...]:
@@ -188,7 +188,7 @@ def _hits(targets: Targets | None, sites: Sites) -> Hits:
         rules[targets] = functools.partial(_named_layers, re.compile(targets).fullmatch)
     elif isinstance(targets, Sequence) and not isinstance(targets, str):
         for entry in targets:
-            rules[entry] = functools.partial(_named_layers, functools.partial(_ends_with, entry))
+            rules[entry] = functools.partial(_named_layers, functools.partial(ends_with, entry))
     else:
         test = _all_linear(sites) if isinstance(targets, str) else targets
         rules[""] = lambda site: _every_layer(site) if test(site) else _NONE
@@ -257,7 +257,7 @@ def _layer_names(site: Site, layer: int) -> tuple[str, ...]:
     return tuple(".".join((*parts[:cut], str(layer), *parts[cut:])) for cut in cuts)
 
 
-def _ends_with(entry: str, path: str) -> bool:
+def ends_with(entry: str, path: str) -> bool:
     """Whether the entry is the path or the segments at its end."""
     return path == entry or path.endswith(f".{entry}")
 
@@ -274,7 +274,7 @@ def _why_unmatched(targets: Targets | None, entry: str, sites: Sites) -> str:
     if isinstance(targets, str):
         nearest = _nearest(entry, sites)
         return f"no whole path matches {entry!r} ([{entry!r}] would match its end); {nearest}"
-    if weights := [site.name for site in sites.sites if _ends_with(entry, site.path)]:
+    if weights := [site.name for site in sites.sites if ends_with(entry, site.path)]:
         return f"{entry!r} is a weight; name its module, {_listing(weights)}"
     if inside := [site.name for site in sites.sites if _within(entry, site.name)]:
         return f"{entry!r} holds other modules; name those: {_listing(inside)}"

@@ -11,7 +11,7 @@ from peftjax.engine import compat, results
 from peftjax.engine.control import CONTROL
 from peftjax.engine.linear import apply, orient, placed
 from peftjax.engine.rules import RULES, Rule
-from peftjax.engine.steps import STEPS, Equation
+from peftjax.engine.steps import RESHAPING, STEPS, Equation
 from peftjax.engine.trace import Seen, Trace, Used, plain
 from peftjax.engine.views import Axes, Result, Role, View, fold_in
 
@@ -99,6 +99,8 @@ def _step(eqn: compat.Eqn, operands: list[Any], position: int) -> list[View] | N
     others = [operand for i, operand in enumerate(operands) if i != position]
     if any(isinstance(other, View) for other in others):
         return None
+    if operands[position].grouped and eqn.primitive.name in RESHAPING:
+        return None
     others = [other.value if isinstance(other, Result) else other for other in others]
 
     def rerun(array: jax.Array) -> jax.Array:
@@ -159,7 +161,9 @@ def _seen(leaf: int, axes: Axes, usage: Sequence[Role], rule: Rule, eqn: compat.
         return next(iter(rest)) if len(rest) == 1 else None
 
     roles = tuple((label, role_of(roles)) for label, roles in sorted(met.items()))
-    taps = tuple(label for axis in rule.taps(eqn.params) for label in axes[axis])
+    along = rule.taps(eqn.params)
+    others = {label for axis, own in enumerate(axes) if axis not in along for label in own}
+    taps = tuple(label for axis in along for label in axes[axis] if label not in others)
     return Seen(leaf, rule.kind, roles, taps, rule.groups(eqn.params))
 
 

@@ -188,3 +188,14 @@ STEPS: dict[str, Step] = {
     "stop_gradient": _on_all,
     "transpose": _transpose,
 }
+
+# Steps after which an in-scale for the channels of all groups would no longer fit the weight.
+RESHAPING = {
+    "broadcast_in_dim",
+    "dynamic_slice",
+    "reshape",
+    "rev",
+    "slice",
+    "split",
+    "squeeze",
+}

@@ -68,6 +68,18 @@ class View:
             return None
         return self.roles[self.axes[axis][0]]
 
+    @property
+    def grouped(self) -> bool:
+        """Whether an in-scale counts the channels of all groups of a convolution."""
+        scales = (layer.factors.in_scale for layer in self.layers)
+        return any(
+            n not in (1, self.base.shape[axis])
+            for scale in scales
+            if scale is not None
+            for axis, n in zip(layout(self)["in_scale"], scale.shape, strict=True)
+            if axis is not None
+        )
+
     def dims(self, role: Role) -> tuple[int, ...]:
         """The current axes that have this role, in order."""
         return tuple(axis for axis in range(len(self.axes)) if self.role(axis) == role)

@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray
 from peftjax.config import AdapterConfig, check_names, check_regex
 from peftjax.factors import Arrays, BiasChange, Factors, Method, Weight, WeightSpec
 from peftjax.sites import Site
-from peftjax.targeting import is_named
+from peftjax.targeting import ends_with, is_named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,12 +70,16 @@ class IA3Config(AdapterConfig):
         if isinstance(self.feedforward_modules, str):
             check_regex("feedforward_modules", self.feedforward_modules)
         elif self.feedforward_modules and isinstance(self.target_modules, tuple):
-            strange = [m for m in self.feedforward_modules if m not in self.target_modules]
-            if strange:
-                raise ValueError(
-                    f"`feedforward_modules` should be a subset of `target_modules`, which does "
-                    f"not hold {', '.join(map(repr, strange))}"
-                )
+            for module in self.feedforward_modules:
+                # One of them may say more of the path than the other.
+                if not any(
+                    ends_with(module, target) or ends_with(target, module)
+                    for target in self.target_modules
+                ):
+                    raise ValueError(
+                        f"`feedforward_modules` should be a subset of `target_modules`, which "
+                        f"does not hold {module!r}"
+                    )
 
 
 def _settings(config: IA3Config, site: Site, layer: int | None) -> bool:
@@ -108,7 +112,7 @@ def _init(
     ones_in, ones_out = (1,) * len(spec.in_shape), (1,) * len(spec.out_shape)
     shape = (*_channels(spec), *ones_out) if feedforward else (*ones_in, *spec.out_shape)
     if feedforward and max(shape) == 1:
-        raise ValueError("a feedforward module with a single input: leave it out")
+        raise ValueError("a feedforward module has a single input: exclude the module")
     if config.init_ia3_weights:
         return {"ia3_l": jnp.ones(shape, spec.dtype)}, {}
     return {"ia3_l": jax.random.normal(key, shape, spec.dtype)}, {}
@@ -118,8 +122,13 @@ def _channels(spec: WeightSpec) -> tuple[int, ...]:
     """The in-axes, with one entry for all taps of a kernel, and the channels of all groups."""
     sizes = [1 if axis in spec.taps else n for axis, n in enumerate(spec.in_shape)]
     if spec.groups > 1:
-        (channel,) = (axis for axis in range(len(sizes)) if axis not in spec.taps)
-        sizes[channel] *= spec.groups
+        channels = [axis for axis in range(len(sizes)) if axis not in spec.taps]
+        if len(channels) != 1 or len(spec.out_shape) != 1:
+            raise ValueError(
+                "a feedforward convolution in groups has more than one axis of channels, as when "
+                "it is vmapped over kernels: exclude the module, or let it scale its outputs"
+            )
+        sizes[channels[0]] *= spec.groups
     return tuple(sizes)
 
 

@@ -1,5 +1,7 @@
 """Explicit and Auto meshes, through lookups, scan and remat, and shard_map."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,7 +10,16 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from models import EverythingConfig, named, normal, redraw
 
-from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge
+from peftjax import (
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    adapt,
+    find_sites,
+    init_adapter,
+    merge,
+)
 
 KEY = jax.random.key(0)
 PARAMS = {
@@ -46,20 +57,33 @@ def on_mesh(kind, shape):
     return mesh, params, jax.device_put(IDS, NamedSharding(mesh, P("data", None)))
 
 
+CONFIGS = {
+    "everything": EverythingConfig(),
+    "lora": LoraConfig(r=3, lora_alpha=5),
+    "dora": LoraConfig(r=3, lora_alpha=5, use_dora=True),
+    "loha": LoHaConfig(r=1, alpha=5),
+    "loha_fused": LoHaConfig(r=6, alpha=5),
+    "hra": HRAConfig(r=4),
+    "hra_gs": HRAConfig(r=4, apply_GS=True),
+    "ia3": IA3Config(feedforward_modules=["o"]),
+}
+
+
 @pytest.mark.parametrize(
-    ("kind", "shape", "config"),
+    ("kind", "shape", "method"),
     [
-        (AxisType.Auto, (2, 2), EverythingConfig(target_modules=lambda site: True)),
-        (AxisType.Explicit, (2, 2), EverythingConfig(target_modules=lambda site: True)),
-        (AxisType.Explicit, (4, 1), LoraConfig(r=3, target_modules=lambda site: True)),
-        (AxisType.Explicit, (1, 2), LoraConfig(r=3, target_modules=lambda site: True)),
+        (AxisType.Auto, (2, 2), "everything"),
+        (AxisType.Auto, (2, 2), "dora"),
+        (AxisType.Explicit, (4, 1), "lora"),
+        (AxisType.Explicit, (1, 2), "lora"),
+        *((AxisType.Explicit, (2, 2), method) for method in CONFIGS),
     ],
-    ids=["auto", "explicit", "data", "model"],
 )
-def test_sharded_equals_single_device(kind, shape, config):
+def test_sharded_equals_single_device(kind, shape, method):
+    config = dataclasses.replace(CONFIGS[method], target_modules=lambda site: True)
     single = transformer(explicit=False)
     sites = find_sites(single, PARAMS, IDS)
-    adapter = init_adapter(KEY, config, sites)
+    adapter = init_adapter(KEY, config, sites, PARAMS)
     adapter = adapter.replace(params=redraw(adapter.params))
 
     def loss(function, params, ids):

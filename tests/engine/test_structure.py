@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
@@ -18,7 +19,7 @@ from models import (
     scanned_params,
 )
 
-from peftjax import LoraConfig, adapt, find_sites, from_nnx, init_adapter, merge
+from peftjax import IA3Config, LoraConfig, adapt, find_sites, from_nnx, init_adapter, merge
 
 KEY = jax.random.key(0)
 
@@ -202,3 +203,31 @@ class TestConstants:
             for inner in eqn.params.values()
             if hasattr(inner, "consts")
         )
+
+
+@pytest.mark.parametrize("step", ["transpose", "reshape", "slice", "rev"])
+def test_the_scale_of_every_groups_channels_survives_steps(step):
+    """Steps that keep the axes keep the scale; others get the merged weight, which is exact."""
+
+    def apply_fn(params, x):
+        w = params["conv"]["kernel"]
+        if step == "transpose":
+            w = w.T.transpose(2, 1, 0)
+        elif step == "reshape":
+            w = w.reshape(3, 2, 1, 10).reshape(3, 2, 10)
+        elif step == "slice":
+            w = w[:, :, :6]
+        else:
+            w = w[::-1, ::-1]
+        numbers = ("NHC", "HIO", "NHC")
+        return jax.lax.conv_general_dilated(
+            x, w, (1,), "SAME", dimension_numbers=numbers, feature_group_count=2
+        )
+
+    params, x = {"conv": {"kernel": normal(3, 2, 10)}}, normal(2, 7, 4, std=1)
+    config = IA3Config(target_modules=["conv"], feedforward_modules=["conv"])
+    adapter = init_adapter(KEY, config, find_sites(apply_fn, params, x))
+    adapter = adapter.replace(params=redraw(adapter.params))
+    got, want = adapt(apply_fn)(params, adapter, x), apply_fn(merge(params, adapter), x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert float(jnp.abs(got - apply_fn(params, x)).max()) > 0.1
