@@ -65,6 +65,11 @@ def _as_left(view: View, adapter: Adapter, site: Site, tokens: int | None) -> We
     method = adapter.config.method
     dtype = next(iter(site_arrays(adapter, site)[0].values())).dtype
     reads = method.reads_weight(adapter.config)
+    if reads and view.grouped:
+        raise ValueError(
+            f"{site.name}: {type(adapter.config).__name__} reads the weight as the adapters before "
+            f"it left it, and cannot after a feedforward IA3 of a grouped convolution: put it first"
+        )
     earlier = tuple(layer.factors for layer in view.layers) if reads else ()
     if site.layers is not None:
         earlier = jax.tree.map(lambda array: array[jnp.asarray(site.layers)], earlier)

@@ -29,6 +29,8 @@ from peftjax import (
     unmerge,
 )
 
+KEY = jax.random.key(2)
+
 
 class Method(NamedTuple):
     """One row of the contract.
@@ -161,7 +163,7 @@ def prepare(method: Method, case: Case, dtype: Any):
         targets = lambda site: site.name in names  # noqa: E731
     sites = find_sites(apply_fn, params, *args)
     config = method.config(target_modules=targets)
-    return apply_fn, params, args, init_adapter(jax.random.key(2), config, sites, params)
+    return apply_fn, params, args, init_adapter(KEY, config, sites, params)
 
 
 def differentiate(case: Case, function: Callable[[Any], Any], trainable: Any) -> tuple[Any, Any]:
@@ -254,6 +256,35 @@ def check(method: Method, case: Case, dtype: Any, tolerance: float):
 def test_double_precision(method, case):
     with case.rules():
         check(method, case, jnp.float64, 1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ["linen_conv2d", "linen_tied_embedding", "linen_scan_axis1_remat"])
+def test_a_sequence_of_every_method(name):
+    """Each sees the weight as those before it left it, and all of them learn at once."""
+    (case,) = (case for case in CASES if case.name == name)
+    order = ["ia3_feedforward", "dora", "hra", "loha_fused", "ia3"]
+    methods = [next(m for m in METHODS if m.name == each) for each in order]
+    with case.rules():
+        apply_fn, params, args = case.build(jax.random.key(1), jnp.float64)
+        sites = find_sites(apply_fn, params, *args)
+        adapters = [
+            init_adapter(KEY, m.config(target_modules=case.targets), sites, params) for m in methods
+        ]
+        drawn = [normal(a.params, m.std) for a, m in zip(adapters, methods, strict=True)]
+
+        def project(function):
+            def scalar(trainable):
+                both = zip(adapters, trainable, strict=True)
+                out = function([a.replace(params=own) for a, own in both])
+                return jax.tree.reduce(jnp.add, jax.tree.map(lambda x: jnp.sin(x).sum(), out))
+
+            return jax.jit(jax.value_and_grad(scalar))(drawn)
+
+        got = project(lambda adapters: adapt(apply_fn)(params, adapters, *args))
+        want = project(lambda adapters: apply_fn(merge(params, adapters), *args))
+    for own, by_merging in zip(got, want, strict=True):
+        assert error(own, by_merging) < 1e-10
 
 
 # A wrong formula shows in double precision. What less of it can break is how the engine handles

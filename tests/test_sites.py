@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax import lax
 from models import mlp, mlp_params, normal, redraw, scanned, scanned_params
 
 from peftjax import LoraConfig, NoMatchingModuleError, adapt, find_sites, init_adapter, merge
@@ -149,3 +150,58 @@ def test_integer_leaves_and_things_that_are_no_arrays_are_no_sites():
         return (x @ params["w"])[:, params["table"][:, 0] % 6]
 
     assert list(find_sites(apply_fn, params, X)) == ["w"]
+
+
+def test_taps_are_told_from_channels():
+    """Whatever the layout, and whatever transposes come before."""
+
+    def apply_fn(params, x):
+        kernel = params["kernel"].transpose(2, 3, 0, 1)  # (out, in, h, w) to (h, w, out, in)
+        numbers = ("NHWC", "HWOI", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    sites = find_sites(apply_fn, {"kernel": jnp.ones((5, 4, 3, 2))}, jnp.ones((1, 6, 6, 4)))
+    site = sites["kernel"]
+    assert (site.in_axes, site.out_axes, site.tap_axes) == ((1, 2, 3), (0,), (2, 3))
+
+
+class TestTokens:
+    def count(self, apply_fn, params, *args):
+        sites = find_sites(apply_fn, params, *args)
+        return {name: [use.tokens for use in uses] for name, uses in sites.uses}
+
+    def test_every_use_counts_its_vectors(self):
+        def apply_fn(params, x, image):
+            h = params["table"][jnp.arange(3)] + jnp.einsum("bsd,dk->bsk", x, params["w"]).sum()
+            numbers = ("NHWC", "HWIO", "NHWC")
+            y = lax.conv_general_dilated(
+                image, params["conv"], (2, 2), "SAME", dimension_numbers=numbers
+            )
+            return h @ params["table"].T, y
+
+        params = {"table": jnp.ones((7, 6)), "w": jnp.ones((4, 6)), "conv": jnp.ones((3, 3, 2, 5))}
+        got = self.count(apply_fn, params, jnp.ones((2, 5, 4)), jnp.ones((2, 8, 6, 2)))
+        assert got == {"conv": [2 * 4 * 3], "table": [0, 3], "w": [10]}
+
+    def test_loops_repeat_what_they_do_not_slice(self):
+        def apply_fn(params, x):
+            def step(h, own):
+                return jnp.tanh(h @ params["shared"] @ own), None
+
+            def twice(h, _):
+                return lax.scan(step, h, params["layers"])[0], None
+
+            h, _ = lax.scan(twice, x, None, length=2)
+            return h @ params["shared"]
+
+        params = {"shared": jnp.ones((4, 4)), "layers": jnp.ones((3, 4, 4))}
+        got = self.count(apply_fn, params, jnp.ones((5, 4)))
+        # Each layer meets 5 vectors, twice; the shared weight all of them, and those at the end.
+        assert got == {"layers": [10], "shared": [5 * 3 * 2, 5]}
+
+    def test_members_of_a_batched_product_share_them(self):
+        def apply_fn(params, x):
+            return jnp.einsum("ebd,edk->ebk", x, params["experts"])
+
+        got = self.count(apply_fn, {"experts": jnp.ones((3, 4, 6))}, jnp.ones((3, 5, 4)))
+        assert got == {"experts": [5]}
