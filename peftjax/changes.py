@@ -82,7 +82,6 @@ def _spread(change: Change, site: Site) -> Change:
     """The change of the selected layers among those of all layers, which stay as they are."""
     if isinstance(change, Dense):
         return Dense(spread(change.change, site, 0))
-
     return dataclasses.replace(
         change,
         A=_whole(change.A, site, 0),
