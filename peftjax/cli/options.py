@@ -13,7 +13,7 @@ from peftjax.cli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Method = Literal["lora"]
+Method = Literal["lora", "dora", "loha", "hra", "ia3"]
 
 EXTRA = 'python -m pip install -e ".[quickstart]"'
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
@@ -26,6 +26,39 @@ def optional(placeholder: str, default: str) -> object:
 
 
 @dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a method is used; None stands for what it does not have.
+
+    Attributes:
+      learning_rate: the highest.
+      rank: rank of the adapter.
+      alpha: numerator of its scale.
+      parts: modules that it goes on, by the words of ``MODULES``.
+    """
+
+    learning_rate: float
+    rank: int | None = None
+    alpha: float | None = None
+    parts: tuple[str, ...] = ("query", "value")
+
+
+RECIPES: dict[Method, Recipe] = {
+    "lora": Recipe(learning_rate=5e-3, rank=8, alpha=16.0),
+    "dora": Recipe(learning_rate=5e-3, rank=8, alpha=16.0),
+    "loha": Recipe(learning_rate=5e-3, rank=4, alpha=64.0),
+    "hra": Recipe(learning_rate=5e-3, rank=16),
+    "ia3": Recipe(learning_rate=1e-2, parts=("key", "value", "output")),
+}
+
+
+def by_method(placeholder: str, field: str) -> object:
+    """How help shows a flag whose default is the method's own."""
+    own = {method: getattr(recipe, field) for method, recipe in RECIPES.items()}
+    shown = (f"{method} {value:g}" for method, value in own.items() if value is not None)
+    return optional(placeholder, f"by method: {', '.join(shown)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Quickstart:
     """Fine-tune a pretrained BERT on real text and measure what the adapter gains.
 
@@ -35,8 +68,16 @@ class Quickstart:
       3. An adapter is trained, saved alone, restored and merged, every step checked.
       4. Tables and a plot show the outcome. Two CPU cores need about three minutes.
 
+    Methods:
+      lora   adds a product of two thin matrices to a weight
+      dora   does so too, and learns the lengths of its columns apart
+      loha   adds the elementwise product of two such products
+      hra    turns what goes into a weight by a chain of reflections
+      ia3    scales what comes out of a weight, or goes in: fewest parameters
+
     Examples:
       peftjax quickstart
+      peftjax quickstart --method loha
       peftjax quickstart --steps 600 --rank 16 --json result.json
       peftjax quickstart --data reviews.csv --text-column review --label-column stars
       peftjax quickstart --model path/to/bert --output out
@@ -45,10 +86,10 @@ class Quickstart:
     method: Method = "lora"
     """Adapter method."""
 
-    rank: int = 8
+    rank: Annotated[int | None, by_method("INT", "rank")] = None
     """Rank of the adapter: more is stronger and larger."""
 
-    alpha: float = 16.0
+    alpha: Annotated[float | None, by_method("FLOAT", "alpha")] = None
     """Scale of the adapter: its update is multiplied by alpha / rank."""
 
     steps: int = 350
@@ -57,7 +98,7 @@ class Quickstart:
     batch_size: int = 16
     """Texts a step."""
 
-    learning_rate: float = 5e-3
+    learning_rate: Annotated[float | None, by_method("FLOAT", "learning_rate")] = None
     """Highest learning rate; it warms up to it and falls along a cosine."""
 
     texts: int = 6000
@@ -98,10 +139,17 @@ class Quickstart:
 
         run(self, console)
 
+    @property
+    def recipe(self) -> Recipe:
+        """The method's own recipe, changed by the flags that were given."""
+        flags = {name: getattr(self, name) for name in ("learning_rate", "rank", "alpha")}
+        given = {name: value for name, value in flags.items() if value is not None}
+        return dataclasses.replace(RECIPES[self.method], **given)
+
     def settings(self) -> dict[str, str | int | float | None]:
-        """The flags as plain values."""
+        """The flags as plain values, those of the recipe where they were left out."""
         return {
-            name: str(value) if isinstance(value, Path) else value
+            name: str(value) if isinstance(value, Path) else getattr(self.recipe, name, value)
             for name, value in dataclasses.asdict(self).items()
         }
 
@@ -109,9 +157,17 @@ class Quickstart:
 def check(options: Quickstart) -> None:
     """Raises ``UsageError`` for the first flag that cannot work."""
     for flag in ("rank", "steps", "batch_size", "learning_rate", "alpha", "texts", "held_out"):
-        if not getattr(options, flag) > 0:
-            dashed = flag.replace("_", "-")
-            raise UsageError(f"--{dashed} must be above 0, not {getattr(options, flag)}")
+        value = getattr(options, flag)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{flag.replace('_', '-')} must be above 0, not {value}")
+    for flag in ("rank", "alpha"):
+        if getattr(options, flag) is not None and getattr(RECIPES[options.method], flag) is None:
+            raise UsageError(f"--{flag}: {options.method} has no {flag}; leave it out")
+    if options.method == "hra" and options.rank is not None and options.rank % 2:
+        raise UsageError(
+            f"--rank must be even for hra, not {options.rank}: its reflections start in pairs "
+            "that cancel"
+        )
     if options.tokens < 4:
         raise UsageError(f"--tokens must be 4 or more, not {options.tokens}")
     if options.seed < 0:
@@ -141,9 +197,9 @@ def check_model(directory: Path) -> str:
         kind = json.loads((directory / "config.json").read_text("utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"--model: {directory / 'config.json'} names no model_type") from error
-    if kind not in TARGETS:
+    if kind not in MODULES:
         raise UsageError(
-            f"--model: {directory} is a '{kind}' model; quickstart knows {', '.join(TARGETS)}"
+            f"--model: {directory} is a '{kind}' model; quickstart knows {', '.join(MODULES)}"
         )
     for what, names in (("weights", WEIGHTS), ("tokenizer", TOKENIZERS)):
         if not any((directory / name).is_file() for name in names):
@@ -151,12 +207,13 @@ def check_model(directory: Path) -> str:
     return str(kind)
 
 
-# The attention's query and value projections, by the names each kind of model gives them.
-TARGETS: dict[str, tuple[str, ...]] = {
-    "bert": ("query", "value"),
-    "roberta": ("query", "value"),
-    "distilbert": ("q_lin", "v_lin"),
-    "albert": ("query", "value"),
+# What each kind of model calls the parts that adapters go on. "output" reads what the feedforward
+# layer's activation gives; the name that PEFT has for BERT's stands for the attention's as well.
+MODULES: dict[str, dict[str, str]] = {
+    "bert": {"query": "query", "key": "key", "value": "value", "output": "output.dense"},
+    "roberta": {"query": "query", "key": "key", "value": "value", "output": "output.dense"},
+    "distilbert": {"query": "q_lin", "key": "k_lin", "value": "v_lin", "output": "lin2"},
+    "albert": {"query": "query", "key": "key", "value": "value", "output": "ffn_output"},
 }
 
 

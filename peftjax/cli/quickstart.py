@@ -18,19 +18,27 @@ from peftjax.cli.display import Display
 from peftjax.cli.errors import CommandError
 from peftjax.cli.finetune import Adapted, History
 from peftjax.cli.options import Quickstart
-from peftjax.cli.result import Result, conclude, tables, verdict
+from peftjax.cli.result import Result, conclude, named, tables, verdict
 from peftjax.cli.sentiment import Tokens
 from peftjax.cli.task import Task, prepare
 
 COMPARED = 512  # held-out texts on which the restored and the merged adapter are asked again
 LOGIT_TOLERANCE = 1e-4  # of the largest logit: the same float32 sums in another order
 
-METHODS: dict[str, Callable[[Quickstart, tuple[str, ...]], Any]] = {
-    "lora": lambda options, targets: peftjax.LoraConfig(
-        r=options.rank,
-        lora_alpha=options.alpha,
-        target_modules=list(targets),
-        modules_to_save=["classifier"],
+# The config of each method, of its recipe, the model's own names of modules, and where it goes.
+METHODS: dict[str, Callable[..., Any]] = {
+    "lora": lambda recipe, names, **where: peftjax.LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, **where
+    ),
+    "dora": lambda recipe, names, **where: peftjax.LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, use_dora=True, **where
+    ),
+    "loha": lambda recipe, names, **where: peftjax.LoHaConfig(
+        r=recipe.rank, alpha=recipe.alpha, **where
+    ),
+    "hra": lambda recipe, names, **where: peftjax.HRAConfig(r=recipe.rank, **where),
+    "ia3": lambda recipe, names, **where: peftjax.IA3Config(
+        feedforward_modules=[names["output"]], **where
     ),
 }
 
@@ -77,7 +85,7 @@ def run(options: Quickstart, console: Console) -> Result:
             accuracy=trained.history.accuracy,
             held_out=trained.history.held_out,
             baseline=encoder.accuracy(task.probe_logits, task.held_out.labels),
-            title=f"{options.method}, rank {options.rank}, on {task.title}",
+            title=f"{named(options.method, options.recipe.rank)}, on {task.title}",
         )
     display.done("plot", str(curves))
     result = conclude(
@@ -112,7 +120,12 @@ def attach(options: Quickstart, task: Task) -> tuple[Adapter, Adapted]:
     apply_fn = task.encoder.classify
     few = task.train[:2]
     sites = peftjax.find_sites(apply_fn, task.params, few.ids, few.mask)
-    config = METHODS[options.method](options, task.targets)
+    config = METHODS[options.method](
+        options.recipe,
+        task.modules,
+        target_modules=[task.modules[part] for part in options.recipe.parts],
+        modules_to_save=["classifier"],
+    )
     adapter = peftjax.init_adapter(jax.random.key(options.seed), config, sites, task.params)
     # Training gives these arrays away step by step, and the classifier's may be the model's own.
     adapter = adapter.replace(params=jax.tree.map(jnp.copy, adapter.params))
@@ -132,12 +145,13 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
 
         untrained = predict(adapter, task.held_out[: encoder.PREDICTION_BATCH])
         _agree("the untrained adapter", untrained, task.probe_logits)
-        transformation = finetune.optimizer(options.steps, options.learning_rate)
+        transformation = finetune.optimizer(options.steps, options.recipe.learning_rate)
         state = transformation.init(adapter.params)
         example = task.train[np.arange(options.batch_size) % len(task.train)]
         step = finetune.compile_step(adapted, transformation, task.params, adapter, example)
-    names = f"{len(adapter.params) - 1} modules ({', '.join(task.targets)}) and the classifier"
-    display.done("adapter", f"{options.method} of rank {options.rank} on {names}")
+    targets = ", ".join(task.modules[part] for part in options.recipe.parts)
+    where = f"{len(adapter.params) - 1} modules ({targets}) and the classifier"
+    display.done("adapter", f"{named(options.method, options.recipe.rank)}, on {where}")
 
     def measure(adapter: Adapter) -> float:
         with display.timed("evaluate"):

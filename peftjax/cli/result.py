@@ -41,7 +41,7 @@ class Result:
       held_out_texts: how many texts were measured on.
       labels: names of the labels.
       held_out_curve: (step, held-out accuracy).
-      settings: all flags.
+      settings: all flags, as ``Quickstart.settings`` gives them.
       versions: of Python and the libraries.
     """
 
@@ -134,7 +134,7 @@ def tables(result: Result) -> Table:
     settings = result.settings
     share = result.trainable_parameters / result.total_parameters
     outcome = report.facts(
-        f"{settings['method']}, rank {settings['rank']}, {settings['steps']} steps",
+        f"{named(settings['method'], settings['rank'])}, {settings['steps']} steps",
         {
             "probe on frozen features": f"{result.probe_accuracy:.1%}",
             "with the adapter": f"[bold]{result.accuracy:.1%}[/]",
@@ -156,6 +156,16 @@ def tables(result: Result) -> Table:
     beside = Table.grid(padding=(0, 2))
     beside.add_row(outcome, times)
     return beside
+
+
+def named(method: str, rank: int | None) -> str:
+    """A method for people, with its rank if it has one.
+
+    Example:
+      >>> named("lora", 8), named("ia3", None)
+      ('lora, rank 8', 'ia3')
+    """
+    return method if rank is None else f"{method}, rank {rank}"
 
 
 def verdict(result: Result) -> str:

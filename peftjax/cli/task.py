@@ -10,7 +10,7 @@ from peftjax.cli import assets, encoder, probe, sentiment
 from peftjax.cli.display import Display
 from peftjax.cli.encoder import Encoder, Params
 from peftjax.cli.errors import UsageError
-from peftjax.cli.options import TARGETS, Quickstart, check_model
+from peftjax.cli.options import MODULES, Quickstart, check_model
 from peftjax.cli.sentiment import Corpus, Tokens
 
 
@@ -22,7 +22,7 @@ class Task:
       title: name of the model, for people.
       encoder: the model.
       params: its frozen params and, under ``classifier``, the probe.
-      targets: names of the modules that an adapter goes on.
+      modules: the model's names of the modules that adapters go on.
       train: texts to train on.
       held_out: texts to measure on.
       labels: names of the labels.
@@ -32,7 +32,7 @@ class Task:
     title: str
     encoder: Encoder
     params: Params
-    targets: tuple[str, ...]
+    modules: dict[str, str]
     train: Tokens
     held_out: Tokens
     labels: tuple[str, ...]
@@ -75,7 +75,7 @@ def prepare(options: Quickstart, display: Display) -> Task:
         title=title,
         encoder=model,
         params={model.name: frozen, "classifier": head},
-        targets=TARGETS[check_model(directory)],
+        modules=MODULES[check_model(directory)],
         train=train_tokens,
         held_out=held_tokens,
         labels=corpus.names,

@@ -18,9 +18,12 @@ import pytest
 from rich.console import Console
 
 from peftjax.cli import display, finetune, main, options, probe, quickstart, result
+from peftjax.cli.encoder import Encoder
 from peftjax.cli.errors import CommandError, UsageError
 from peftjax.cli.options import Quickstart
 from peftjax.cli.result import Result
+from peftjax.cli.sentiment import Tokens
+from peftjax.cli.task import Task
 
 ROWS = [f"{'good' if n % 2 else 'bad'} day number w{n % 7} w{n // 7}" for n in range(240)]
 
@@ -56,6 +59,9 @@ def test_help_of_quickstart_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "Examples" in text
     assert "--data" in text
+    assert "by method: lora 8, dora 8" in " ".join(text.replace("│", " ").split())
+    for method in typing.get_args(options.Method):
+        assert f"\n  {method} " in text
 
 
 def test_help_is_quick_to_start() -> None:
@@ -91,6 +97,13 @@ def test_unknown_words_end_with_two() -> None:
         (["--model", "nowhere"], "no directory nowhere"),
         (["--data", "nothing.csv"], "no file nothing.csv"),
         (["--label-column", "stars"], "--data"),
+        (["--method", "ia3", "--rank", "4"], "--rank: ia3 has no rank"),
+        (["--method", "ia3", "--alpha", "8"], "--alpha: ia3 has no alpha"),
+        (["--method", "hra", "--alpha", "8"], "--alpha: hra has no alpha"),
+        (["--method", "hra", "--rank", "3"], "--rank must be even for hra, not 3"),
+        (["--method", "hra", "--rank", "0"], "--rank must be above 0, not 0"),
+        (["--method", "loha", "--rank", "-2"], "--rank must be above 0, not -2"),
+        (["--method", "dora", "--alpha", "0"], "--alpha must be above 0, not 0"),
     ],
 )
 def test_bad_flags_are_one_line(
@@ -169,6 +182,46 @@ def test_interruption_ends_cleanly(
     monkeypatch.setattr(options, "check", interrupt)
     assert main(["quickstart"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+# --- the methods
+
+
+@pytest.fixture(params=typing.get_args(options.Method))
+def method(request: pytest.FixtureRequest) -> options.Method:
+    return request.param
+
+
+def test_every_method_has_a_recipe_and_a_config() -> None:
+    assert typing.get_args(options.Method) == tuple(quickstart.METHODS) == tuple(options.RECIPES)
+
+
+def test_recipes_pass_their_own_check(method: options.Method) -> None:
+    recipe = options.RECIPES[method]
+    options.check(Quickstart(method, recipe.rank, recipe.alpha, learning_rate=recipe.learning_rate))
+
+
+def test_flags_change_the_recipe_and_nothing_else(method: options.Method) -> None:
+    own = options.RECIPES[method]
+    assert Quickstart(method).recipe == own
+    assert Quickstart(method, learning_rate=1.0).recipe == dataclasses.replace(
+        own, learning_rate=1.0
+    )
+    settings = Quickstart(method).settings()
+    assert (settings["rank"], settings["alpha"]) == (own.rank, own.alpha)
+    assert settings["learning_rate"] == own.learning_rate
+
+
+def test_the_recipe_reaches_the_config(method: options.Method) -> None:
+    """Whatever a method has, and no more: a number that is accepted is used."""
+    own = options.RECIPES[method]
+    recipe = dataclasses.replace(own, rank=own.rank and 6, alpha=own.alpha and 5.0)
+    config = quickstart.METHODS[method](
+        recipe, options.MODULES["bert"], target_modules="all-linear"
+    )
+    assert getattr(config, "r", None) == recipe.rank
+    assert getattr(config, "lora_alpha", getattr(config, "alpha", None)) == recipe.alpha
+    assert getattr(config, "use_dora", False) == (method == "dora")
 
 
 # --- the probe
@@ -340,6 +393,81 @@ def test_a_whole_run_on_a_tiny_model(
 
 
 @pytest.mark.usefixtures("as_jax_comes")
+def test_a_whole_run_of_every_method(
+    method: options.Method,
+    tiny_bert: Path,
+    reviews: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run itself checks that it starts as the probe, and what is restored and merged."""
+    file = tmp_path / "result.json"
+    paths = f"--model {tiny_bert} --data {reviews} --output {tmp_path / 'out'} --json {file}"
+    flags = f"--method {method} {paths} --steps 4 --tokens 8"
+    code = main(["quickstart", *flags.split()])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+
+    recipe = options.RECIPES[method]
+    title = method if recipe.rank is None else f"{method}, rank {recipe.rank}"
+    assert f"{title}, on " in shown.out
+    assert f"{title}, 4 steps" in shown.out
+    assert "None" not in shown.out
+    found = json.loads(file.read_text())
+    assert found["settings"]["learning_rate"] == recipe.learning_rate
+    assert found["settings"]["rank"] == recipe.rank
+    # In each of two layers: both factors, and the lengths of DoRA; twice the factors; reflections
+    # of the inputs; or scales of keys, values and what both dense layers read.
+    r = recipe.rank or 0
+    a_layer = {
+        "lora": 2 * (2 * 16 * r),
+        "dora": 2 * (2 * 16 * r + 16),
+        "loha": 2 * (4 * 16 * r),
+        "hra": 2 * (16 * r),
+        "ia3": 16 + 16 + 16 + 32,
+    }
+    assert found["trainable_parameters"] == 2 * a_layer[method] + 16 * 2 + 2
+
+
+TINY = {
+    "bert": {"num_hidden_layers": 2, "intermediate_size": 32},
+    "roberta": {"num_hidden_layers": 2, "intermediate_size": 32},
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "albert": {"num_hidden_layers": 2, "intermediate_size": 32, "embedding_size": 8},
+}
+
+
+@pytest.mark.usefixtures("as_jax_comes")
+@pytest.mark.parametrize("kind", options.MODULES)
+def test_adapters_find_their_modules_in_every_kind_of_model(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 9, "hidden_size": 16, "num_attention_heads": 2}
+    config = transformers.AutoConfig.for_model(kind, **sizes | TINY[kind])
+    model = transformers.FlaxAutoModel.from_config(config)
+    head = {"kernel": np.zeros((16, 2), np.float32), "bias": np.zeros(2, np.float32)}
+    ids = np.ones((2, 8), np.int32)
+    task = Task(
+        title=kind,
+        encoder=Encoder(model, lambda texts: texts, model.base_model_prefix, 8),
+        params={model.base_model_prefix: model.params, "classifier": head},
+        modules=options.MODULES[kind],
+        train=Tokens(ids, ids, np.zeros(2, np.int32)),
+        held_out=Tokens(ids, ids, np.zeros(2, np.int32)),
+        labels=("no", "yes"),
+        probe_logits=np.zeros((2, 2), np.float32),
+    )
+    for method in ("lora", "ia3"):
+        adapter, _ = quickstart.attach(Quickstart(method), task)
+        adapted = adapter.params.keys() - {"classifier"}
+        for part in options.RECIPES[method].parts:
+            assert any(name.endswith(f".{task.modules[part]}") for name in adapted)
+    # The second feedforward layer scales its inputs, which are wider than the model.
+    assert any(
+        np.size(arrays["ia3_l"]) == 32 for arrays in adapter.params.values() if "ia3_l" in arrays
+    )
+
+
+@pytest.mark.usefixtures("as_jax_comes")
 def test_too_many_tokens_for_the_model(
     tiny_bert: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -408,8 +536,12 @@ def test_tables_fit_an_ordinary_terminal() -> None:
     assert "…" not in shown
 
 
-def test_every_method_has_a_config() -> None:
-    assert typing.get_args(options.Method) == tuple(quickstart.METHODS)
+def test_tables_of_a_method_without_a_rank() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(result.tables(outcome(0.85, **Quickstart("ia3").settings())))
+    shown = typing.cast(io.StringIO, console.file).getvalue()
+    assert "ia3, 350 steps" in shown
+    assert "None" not in shown
 
 
 def test_answers_that_differ_are_an_error() -> None:
