@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from peftjax.config import AdapterConfig
-from peftjax.factors import Factors, Method
+from peftjax.factors import BiasChange, Factors, Method
 
 
 def normal(*shape, seed=0, std=0.3, dtype=jnp.float32):
@@ -83,7 +83,7 @@ def named(jaxpr, *names):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EverythingConfig(AdapterConfig):
-    """A family that uses every part of the factors: what a scale could break shows with it."""
+    """A family that uses every part of the factors, and changes a bias in both ways."""
 
     peft_type: ClassVar[str] = "EVERYTHING"
     rank: int = 2
@@ -92,7 +92,6 @@ class EverythingConfig(AdapterConfig):
 
 def _init(key, config, settings, weight):
     spec = weight.spec
-    keys = jax.random.split(key, 4)
     # A scale that differed between the taps of a kernel would be no scale of its input.
     in_scale = tuple(1 if i in spec.taps else n for i, n in enumerate(spec.in_shape))
     shapes = {
@@ -100,17 +99,26 @@ def _init(key, config, settings, weight):
         "B": (config.rank, *spec.out_shape),
         "in_scale": in_scale,
         "out_scale": spec.out_shape,
+        "bias_scale": spec.out_shape,
+        "bias_shift": spec.out_shape,
     }
+    keys = jax.random.split(key, len(shapes))
     return {
         name: jax.random.normal(key, shape, spec.dtype)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }, {}
 
 
+def _factors(config, params, buffers, weight, key):
+    parts = {name: params[name] for name in ("A", "B", "in_scale", "out_scale")}
+    return Factors(**parts, dropout=0.0 if weight.spec.kind == "lookup" else config.dropout)
+
+
 EverythingConfig.method = Method(
     settings=lambda config, site, layer: None,
     init=_init,
-    factors=lambda config, params, buffers, weight, key: Factors(
-        **params, dropout=0.0 if weight.spec.kind == "lookup" else config.dropout
+    factors=_factors,
+    bias=lambda config, params, buffers, weight: BiasChange(
+        params["bias_scale"], params["bias_shift"]
     ),
 )
