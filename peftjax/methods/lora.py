@@ -75,7 +75,9 @@ class LoraConfig(AdapterConfig):
 
     Neither V nor any other matrix of W's size is built. A bias is not scaled. ``lora_dropout``
     drops from the input of A alone; PEFT also drops from the input of :math:`(m / \lVert V \rVert
-    - 1) W`, which has the same mean, more noise, and costs a second product with W.
+    - 1) W`, which has the same mean, more noise, and costs a second product with W. Of several
+    DoRA adapters in a row each takes the norms of the weight as those before it left it; PEFT takes
+    all of them of the frozen weight.
 
     Args:
       r: rank of the change.
@@ -328,9 +330,9 @@ def _factors(
     dropout = 0.0 if weight.spec.kind == "lookup" else config.lora_dropout
     if not config.use_dora:
         return Factors(A=a, B=b, dropout=dropout)
-    norms = _norms(weight, *lax.stop_gradient((a, b)))
     magnitude = params["lora_magnitude_vector"]
-    return Factors(A=a, B=b, out_scale=magnitude / norms.astype(magnitude.dtype), dropout=dropout)
+    norms = _norms(weight, a, b).astype(magnitude.dtype)
+    return Factors(A=a, B=b, out_scale=magnitude / norms, dropout=dropout)
 
 
 def _inverse(
