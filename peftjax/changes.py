@@ -36,9 +36,10 @@ def changed_weight(
         key, own_key = jax.random.split(path_key(adapter.key, site.path))
 
     def one(params: Arrays, buffers: Arrays, weight: Weight, key: PRNGKeyArray | None) -> Change:
-        make = method.inverse if undo and method.inverse else method.factors
-        change = make(config, params, buffers, weight, key)
-        return inverse(change) if undo and not method.inverse else change
+        if undo and method.inverse is not None:
+            return method.inverse(config, params, buffers, weight, key)
+        change = method.factors(config, params, buffers, weight, key)
+        return inverse(change) if undo else change
 
     def every(params: Arrays, buffers: Arrays, view: View, key: PRNGKeyArray | None) -> Change:
         keys = _keys(key, site)
