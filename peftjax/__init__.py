@@ -8,12 +8,14 @@ from peftjax.frameworks import from_linen as from_linen
 from peftjax.frameworks import from_nnx as from_nnx
 from peftjax.merging import merge as merge
 from peftjax.merging import unmerge as unmerge
+from peftjax.methods import AdaLoraConfig as AdaLoraConfig
 from peftjax.methods import HRAConfig as HRAConfig
 from peftjax.methods import IA3Config as IA3Config
 from peftjax.methods import LoHaConfig as LoHaConfig
 from peftjax.methods import LoraConfig as LoraConfig
 from peftjax.methods import hra_orthogonality as hra_orthogonality
 from peftjax.methods import join_loha as join_loha
+from peftjax.methods import orthogonality as orthogonality
 from peftjax.methods import split_loha as split_loha
 from peftjax.sites import Site as Site
 from peftjax.sites import Sites as Sites
@@ -21,3 +23,6 @@ from peftjax.sites import find_sites as find_sites
 from peftjax.summary import Summary as Summary
 from peftjax.summary import summary as summary
 from peftjax.targeting import NoMatchingModuleError as NoMatchingModuleError
+from peftjax.training import prune as prune
+from peftjax.training import rank_allocator as rank_allocator
+from peftjax.training import ranks as ranks

@@ -138,7 +138,7 @@ def weight_spec(site: Site, dtype: DTypeLike) -> WeightSpec:
 
 def _warn_unmatched(config: AdapterConfig, chosen: Sites) -> None:
     """Warns of patterns that no adapted module matches, so that they do nothing."""
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in config.pattern_fields:
         idle = unmatched_patterns(getattr(config, field, {}), chosen)
         if idle:
             warnings.warn(

@@ -82,6 +82,8 @@ class AdapterConfig:
     peft_type: ClassVar[str] = ""
     method: ClassVar[Method]
     unsupported_fields: ClassVar[Mapping[str, object]] = FrozenMapping()
+    # Those whose keys are regular expressions for the ends of paths.
+    pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
 
     target_modules: Targets | None = None
     exclude_modules: Targets | None = None

@@ -18,6 +18,7 @@ from models import EverythingConfig
 from zoo import CASES, Case, Expected
 
 from peftjax import (
+    AdaLoraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -85,6 +86,7 @@ METHODS = [
         accepts=lambda site: site.kind == "conv",
         std=1,
     ),
+    Method("adalora", functools.partial(AdaLoraConfig, init_r=3, target_r=2, lora_alpha=5)),
     Method("hra", hra),
     Method("hra_gs", functools.partial(hra, apply_GS=True)),
     Method("ia3", functools.partial(IA3Config, feedforward_modules=[])),

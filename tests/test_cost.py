@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
+import optax
 import pytest
 from models import equations, scanned, scanned_params
 
 from peftjax import (
+    AdaLoraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -18,6 +20,7 @@ from peftjax import (
     adapt,
     find_sites,
     init_adapter,
+    rank_allocator,
 )
 
 KEY = jax.random.key(0)
@@ -81,8 +84,15 @@ IA3 = IA3Config(feedforward_modules=".*down_proj")
 
 @pytest.mark.parametrize(
     ("config", "bound"),
-    [(LORA, 1.01), (DORA, 1.015), (LOHA, 1.045), (HRAConfig(r=8), 1.01), (IA3, 1.005)],
-    ids=["lora", "dora", "loha", "hra", "ia3"],
+    [
+        (LORA, 1.01),
+        (DORA, 1.015),
+        (LOHA, 1.045),
+        (HRAConfig(r=8), 1.01),
+        (IA3, 1.005),
+        (AdaLoraConfig(init_r=12), 1.01),
+    ],
+    ids=["lora", "dora", "loha", "hra", "ia3", "adalora"],
 )
 def test_gradient_flops(config, bound, block, floor):
     params, x, _ = block
@@ -121,6 +131,30 @@ def test_a_high_rank_of_loha_is_fused(block, floor):
     assert not ranked
     own = flops(adapted_gradient, adapter.params, x, params, adapter, x)
     assert own / floor <= 1.6
+
+
+def test_the_rank_allocator_adds_little_to_a_step(block):
+    """At most 2% of its FLOPs, and three more copies of the adapter in memory."""
+    params, x, _ = block
+    adapter = adapter_of(AdaLoraConfig(init_r=12, target_r=8, total_step=1000), block)
+    steps = {}
+    for name in ("plain", "allocated"):
+        sgd = optax.sgd(1e-2)
+        optimizer = rank_allocator(sgd, adapter) if name == "allocated" else sgd
+
+        def step(trainable, state, cotangent, params, adapter, x, optimizer=optimizer):
+            _, (grads,) = adapted_gradient(trainable, cotangent, params, adapter, x)
+            return optimizer.update(grads, state, trainable)
+
+        state = jax.eval_shape(optimizer.init, adapter.params)
+        args = (adapter.params, state, x, params, adapter, x)
+        compiled = jax.jit(step).lower(*args).compile()
+        steps[name] = compiled.cost_analysis()["flops"], state
+    (plain, _), (allocated, state) = steps["plain"], steps["allocated"]
+    assert allocated / plain <= 1.02
+    own = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(adapter.params))
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert kept <= 3 * own
 
 
 def test_scanned_costs_what_unrolled_costs():

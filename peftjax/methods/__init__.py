@@ -1,5 +1,7 @@
 """One file a method: its config, how it starts, its factors."""
 
+from peftjax.methods.adalora import AdaLoraConfig as AdaLoraConfig
+from peftjax.methods.adalora import orthogonality as orthogonality
 from peftjax.methods.hra import HRAConfig as HRAConfig
 from peftjax.methods.hra import hra_orthogonality as hra_orthogonality
 from peftjax.methods.ia3 import IA3Config as IA3Config
