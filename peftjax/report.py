@@ -109,3 +109,90 @@ def training_curves(
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     return path
+
+
+def rank_allocation(
+    path: str | Path,
+    *,
+    ranks: Mapping[str, int | np.ndarray],
+    budget: Sequence[int] = (),
+    title: str = "",
+) -> Path:
+    """Draws where a budget of ranks went as a PNG: a heat map, layer by module.
+
+    Args:
+      path: the file to write; its directory is made if it does not exist.
+      ranks: rank by module path, as ``peftjax.ranks`` gives it. The first number among the segments
+        of a path is its layer; of a stacked module the first axis of the array is.
+      budget: number of triplets left after each step, drawn beside the map.
+      title: heading of the figure.
+
+    Returns:
+      The path of the PNG.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layers, modules, grid = rank_grid(ranks)
+    width = 2.5 + 0.9 * len(modules)
+    figure = Figure(
+        figsize=(width + (5 if budget else 0), 1.5 + 0.4 * max(len(layers), 5)),
+        layout="constrained",
+    )
+    widths = [width, 5] if budget else [width]
+    heat, *beside = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    image = heat.imshow(grid, cmap="viridis", aspect="auto", vmin=0)
+    middle = np.nanmax(grid) / 2
+    for row, column in zip(*np.nonzero(~np.isnan(grid)), strict=True):
+        value = grid[row, column]
+        colour = "white" if value < middle else "black"
+        heat.text(column, row, f"{value:g}", ha="center", va="center", color=colour)
+    heat.set_xticks(range(len(modules)), modules, rotation=30, ha="right")
+    heat.set_yticks(range(len(layers)), layers)
+    heat.set_ylabel("layer")
+    figure.colorbar(image, ax=heat, label="rank")
+    for axes in beside:
+        axes.plot(np.arange(1, len(budget) + 1), budget, color=_ADAPTED, linewidth=2)
+        axes.set_xlabel("step")
+        axes.set_ylabel("triplets in the budget")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def rank_grid(
+    ranks: Mapping[str, int | np.ndarray],
+) -> tuple[list[str], list[str], np.ndarray]:
+    """Ranks by layer and module: the layers, the modules, and a grid with NaN where there is none.
+
+    Example:
+      >>> rank_grid({"layer.0.query": 3, "layer.1.query": 5, "layer.1.value": 2})
+      (['0', '1'], ['query', 'value'], array([[ 3., nan],
+             [ 5.,  2.]]))
+    """
+    cells: dict[tuple[int, str], float] = {}
+    for name, rank in ranks.items():
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        values = np.asarray(rank, float)
+        if values.ndim:
+            # Experts of one layer count together.
+            sums = values.reshape(len(values), -1).sum(axis=1)
+            cells |= {(layer, name): value for layer, value in enumerate(sums)}
+        elif number is None:
+            cells[0, name] = float(values)
+        else:
+            rest = ".".join(parts[number + 1 :]) or name
+            cells[int(parts[number]), rest] = float(values)
+    layers = sorted({layer for layer, _ in cells})
+    modules = list(dict.fromkeys(module for _, module in cells))
+    grid = np.full((len(layers), len(modules)), np.nan)
+    for (layer, module), value in cells.items():
+        grid[layers.index(layer), modules.index(module)] = value
+    return [str(layer) for layer in layers], modules, grid

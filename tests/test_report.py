@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -34,6 +35,26 @@ def test_training_curves_are_a_png(tmp_path: Path, steps: int) -> None:
         baseline=0.4,
         title="a run",
     )
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranks_are_laid_out_by_layer_and_module() -> None:
+    layers, modules, grid = report.rank_grid(
+        {"stack.up": np.array([3, 1]), "encoder.10.q": 4, "encoder.2.q": 0, "head": 5}
+    )
+    assert layers == ["0", "1", "2", "10"]
+    assert modules == ["stack.up", "q", "head"]
+    nan = np.nan
+    want = [[3, nan, 5], [1, nan, nan], [nan, 0, nan], [nan, 4, nan]]
+    np.testing.assert_array_equal(grid, want)
+
+
+@pytest.mark.parametrize("budget", [(), (12, 9, 6)])
+def test_rank_allocation_is_a_png(tmp_path: Path, budget: tuple[int, ...]) -> None:
+    pytest.importorskip("matplotlib")
+    ranks = {"layer.0.query": 3, "layer.1.query": 5, "layer.1.value": 2}
+    path = tmp_path / "deep" / "ranks.png"
+    assert report.rank_allocation(path, ranks=ranks, budget=budget, title="a run") == path
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
