@@ -23,7 +23,7 @@ from peftjax import (
 
 KEY = jax.random.key(0)
 ALPHA, RANK = 5, 3
-RANKS = {"layers.up.1": 5, "layers.up.3": 1, "mlp.down": 2}
+RANKS = {"layers.up.1": 5, "layers.up.3": 1, "kernels.1": 2}
 MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -65,7 +65,15 @@ def check_values(model, config):
 @pytest.mark.usefixtures("x64")
 def test_values_are_the_formula():
     targets = ["mlp.up", "mlp.down", "attn.wq", "wkv", "wo", "taken", "columns", "blocks"]
-    targets += ["patch", "mixed", "grouped", "multiplied", "dilated_both_ways", "layers.up"]
+    targets += [
+        "patch",
+        "mixed",
+        "grouped",
+        "multiplied",
+        "dilated_both_ways",
+        "layers.up",
+        "kernels",
+    ]
     check_values(house(), dora(rank_pattern=RANKS, target_modules=targets))
 
 

@@ -32,7 +32,7 @@ from peftjax.methods.loha import fusing_is_cheaper
 
 KEY = jax.random.key(0)
 ALPHA, RANK = 5, 3
-RANKS = {"layers.up.1": 5, "layers.up.3": 1, "mlp.down": 2}
+RANKS = {"layers.up.1": 5, "layers.up.3": 1, "mlp.down": 2, "kernels.1": 2}
 # Each of the two matrices of a convolution with a Tucker core, laid out as its kernel is.
 CORES = {
     "linen_conv2d.patch": "ijhw,cj,io->hwco",
@@ -41,8 +41,21 @@ CORES = {
     "linen_grouped_conv.depthwise": "ijk,cj,io->kco",
     "linen_grouped_conv.multiplied": "ijk,cj,io->kco",
     "dilated_both_ways": "ijk,cj,io->cko",
+    "kernels.0": "ijk,cj,io->kco",
+    "kernels.1": "ijk,cj,io->kco",
 }
 CASES = [einsum_attention, lookups, linen_conv2d, linen_grouped_conv, dilated_both_ways]
+
+
+def convolutions(params, x):
+    """Two scanned convolutions: a stack of kernels."""
+    dims = ("NWC", "WIO", "NWC")
+
+    def layer(x, kernel):
+        h = lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=dims)
+        return x + jnp.tanh(h), None
+
+    return lax.scan(layer, x, params["kernel"])[0]
 
 
 @functools.cache
@@ -51,10 +64,12 @@ def house():
     built = {case.name: case.build(KEY, jnp.float64) for case in CASES}
     params = {name: params for name, (_, params, _) in built.items()}
     params |= {"mlp": mlp_params(jnp.float64), **scanned_params(dtype=jnp.float64)}
+    params["kernels"] = {"kernel": normal(2, 3, 6, 6, dtype=jnp.float64)}
     x = normal(4, 6, seed=9, std=1, dtype=jnp.float64)
 
     def apply_fn(params):
         outputs = {name: apply(params[name], *args) for name, (apply, _, args) in built.items()}
+        outputs["kernels"] = convolutions(params["kernels"], x[None])
         return outputs | {"mlp": mlp(params["mlp"], x), "scanned": scanned(params, x)}
 
     return apply_fn, params, find_sites(apply_fn, params)
@@ -153,7 +168,11 @@ def test_values_of_some_layers():
 def test_values_with_a_core():
     """A kernel of several taps gets a core; other weights have none."""
     config = LoHaConfig(
-        r=RANK, alpha=ALPHA, use_effective_conv2d=True, target_modules=[*CORES, "mlp.up"]
+        r=RANK,
+        alpha=ALPHA,
+        use_effective_conv2d=True,
+        rank_pattern=RANKS,
+        target_modules=[*CORES, "mlp.down", "layers.up"],
     )
     check_values(house(), config)
 
