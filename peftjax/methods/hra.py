@@ -183,6 +183,8 @@ def _orthonormal(u: Array) -> Array:
 
     Columns of zeros stay as they are.
     """
+    if u.shape[-1] == 0:
+        return u
     v = _unit(u)
     gram = _gram(v, v)
     empty = jnp.diagonal(gram) == 0

@@ -1,6 +1,7 @@
 """IA3: a trainable scale for every input or output of a frozen weight."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -71,15 +72,17 @@ class IA3Config(AdapterConfig):
             check_regex("feedforward_modules", self.feedforward_modules)
         elif self.feedforward_modules and isinstance(self.target_modules, tuple):
             for module in self.feedforward_modules:
-                # One of them may say more of the path than the other.
-                if not any(
-                    ends_with(module, target) or ends_with(target, module)
-                    for target in self.target_modules
-                ):
+                if not any(_alike(module, target) for target in self.target_modules):
                     raise ValueError(
                         f"`feedforward_modules` should be a subset of `target_modules`, which "
                         f"does not hold {module!r}"
                     )
+
+
+def _alike(name: str, other: str) -> bool:
+    """Whether one of two names may be the end of the other; layers of a stack need no number."""
+    name, other = (re.sub(r"\.\d+(?=\.|$)", "", each) for each in (name, other))
+    return ends_with(name, other) or ends_with(other, name)
 
 
 def _settings(config: IA3Config, site: Site, layer: int | None) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 from models import mlp, mlp_params, normal, scanned, scanned_params
-from test_loha import drawn, house, rebuilt
+from naive import drawn, house, rebuilt
 
 from peftjax import (
     HRAConfig,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 from models import mlp, mlp_params, normal, scanned, scanned_params
-from test_loha import drawn, house, rebuilt
+from naive import drawn, house, rebuilt
 from zoo_jax import tied_autoencoder
 from zoo_linen import linen_grouped_conv, linen_tied_embedding
 
