@@ -54,6 +54,7 @@ def compile_step(
     params: Params,
     adapter: Adapter,
     batch: Tokens,
+    penalty: Callable[[Adapter], jax.Array] | None = None,
 ) -> Step:
     """Compiles the training step ahead of time, so that no step has to wait for it.
 
@@ -63,6 +64,7 @@ def compile_step(
       params: the frozen params, an argument of the step and never a constant in it.
       adapter: everything about the adapter but its params, which the step takes and gives.
       batch: a batch of the size to come.
+      penalty: what to add to the loss, and to leave out where the loss is shown.
 
     Returns:
       ``step(trainable, state, params, ids, mask, labels) -> (trainable, state, loss, accuracy)``;
@@ -71,10 +73,12 @@ def compile_step(
 
     def objective(
         trainable: Any, params: Params, ids: jax.Array, mask: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        logits = adapted(params, adapter.replace(params=trainable), ids, mask)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(loss), jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        current = adapter.replace(params=trainable)
+        logits = adapted(params, current, ids, mask)
+        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        total = loss if penalty is None else loss + penalty(current)
+        return total, (loss, jnp.mean(jnp.argmax(logits, axis=-1) == labels))
 
     def step(
         trainable: Any,
@@ -85,7 +89,7 @@ def compile_step(
         labels: jax.Array,
     ) -> tuple[Any, optax.OptState, jax.Array, jax.Array]:
         measure = jax.value_and_grad(objective, has_aux=True)
-        (loss, accuracy), grads = measure(trainable, params, ids, mask, labels)
+        (_, (loss, accuracy)), grads = measure(trainable, params, ids, mask, labels)
         updates, state = transformation.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, loss, accuracy
 
@@ -105,8 +109,8 @@ def train(
     *,
     measure_at: Sequence[int],
     measure: Callable[[Adapter], float],
-    on_step: Callable[[History], None],
-) -> tuple[Adapter, History]:
+    on_step: Callable[[History, optax.OptState], None],
+) -> tuple[Adapter, optax.OptState, History]:
     """Runs the training step over all batches.
 
     Args:
@@ -117,10 +121,10 @@ def train(
       data: the batches.
       measure_at: numbers of steps after which held-out accuracy is measured.
       measure: gives the held-out accuracy of an adapter.
-      on_step: told after each step what there is so far.
+      on_step: told after each step what there is so far, and the optimizer's state.
 
     Returns:
-      The trained adapter and the history.
+      The trained adapter, the optimizer's last state and the history.
 
     Raises:
       CommandError: the loss is no longer finite.
@@ -140,8 +144,8 @@ def train(
             )
         history.accuracy.append(float(accuracy))
         history.seconds.append(time.perf_counter() - start)
-        on_step(history)
+        on_step(history, state)
         done = len(history.loss)
         if done in measure_at:
             history.held_out.append((done, measure(adapter.replace(params=trainable))))
-    return adapter.replace(params=trainable), history
+    return adapter.replace(params=trainable), state, history

@@ -13,7 +13,7 @@ from peftjax.cli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Method = Literal["lora", "dora", "loha", "hra", "ia3"]
+Method = Literal["lora", "dora", "loha", "hra", "ia3", "adalora"]
 
 EXTRA = 'python -m pip install -e ".[quickstart]"'
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
@@ -31,7 +31,7 @@ class Recipe:
 
     Attributes:
       learning_rate: the highest.
-      rank: rank of the adapter.
+      rank: rank of the adapter; of adalora the average that is left at the end.
       alpha: numerator of its scale.
       parts: modules that it goes on, by the words of ``MODULES``.
     """
@@ -48,6 +48,7 @@ RECIPES: dict[Method, Recipe] = {
     "loha": Recipe(learning_rate=5e-3, rank=4, alpha=64.0),
     "hra": Recipe(learning_rate=5e-3, rank=16),
     "ia3": Recipe(learning_rate=1e-2, parts=("key", "value", "output")),
+    "adalora": Recipe(learning_rate=5e-3, rank=4, alpha=32.0, parts=("query", "key", "value")),
 }
 
 
@@ -69,11 +70,12 @@ class Quickstart:
       4. Tables and a plot show the outcome. Two CPU cores need about three minutes.
 
     Methods:
-      lora   adds a product of two thin matrices to a weight
-      dora   does so too, and learns the lengths of its columns apart
-      loha   adds the elementwise product of two such products
-      hra    turns what goes into a weight by a chain of reflections
-      ia3    scales what comes out of a weight, or goes in: fewest parameters
+      lora     adds a product of two thin matrices to a weight
+      dora     does so too, and learns the lengths of its columns apart
+      loha     adds the elementwise product of two such products
+      hra      turns what goes into a weight by a chain of reflections
+      ia3      scales what comes out of a weight, or goes in: fewest parameters
+      adalora  is lora with a budget of ranks, spent where the loss needs them
 
     Examples:
       peftjax quickstart

@@ -25,20 +25,31 @@ from peftjax.cli.task import Task, prepare
 COMPARED = 512  # held-out texts on which the restored and the merged adapter are asked again
 LOGIT_TOLERANCE = 1e-4  # of the largest logit: the same float32 sums in another order
 
-# The config of each method, of its recipe, the model's own names of modules, and where it goes.
+# The config of each method: of the flags, the model's own names of modules, and where it goes.
 METHODS: dict[str, Callable[..., Any]] = {
-    "lora": lambda recipe, names, **where: peftjax.LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, **where
+    "lora": lambda options, names, **where: peftjax.LoraConfig(
+        r=options.recipe.rank, lora_alpha=options.recipe.alpha, **where
     ),
-    "dora": lambda recipe, names, **where: peftjax.LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, use_dora=True, **where
+    "dora": lambda options, names, **where: peftjax.LoraConfig(
+        r=options.recipe.rank, lora_alpha=options.recipe.alpha, use_dora=True, **where
     ),
-    "loha": lambda recipe, names, **where: peftjax.LoHaConfig(
-        r=recipe.rank, alpha=recipe.alpha, **where
+    "loha": lambda options, names, **where: peftjax.LoHaConfig(
+        r=options.recipe.rank, alpha=options.recipe.alpha, **where
     ),
-    "hra": lambda recipe, names, **where: peftjax.HRAConfig(r=recipe.rank, **where),
-    "ia3": lambda recipe, names, **where: peftjax.IA3Config(
+    "hra": lambda options, names, **where: peftjax.HRAConfig(r=options.recipe.rank, **where),
+    "ia3": lambda options, names, **where: peftjax.IA3Config(
         feedforward_modules=[names["output"]], **where
+    ),
+    # Half as many ranks again to choose from, chosen over the first two thirds of the steps.
+    "adalora": lambda options, names, **where: peftjax.AdaLoraConfig(
+        target_r=options.recipe.rank,
+        init_r=-(-3 * options.recipe.rank // 2),
+        lora_alpha=options.recipe.alpha,
+        total_step=options.steps,
+        tinit=options.steps // 10,
+        tfinal=options.steps // 3,
+        deltaT=max(1, options.steps // 100),
+        **where,
     ),
 }
 
@@ -52,12 +63,16 @@ class Trained:
       predict: ``predict(adapter, texts)`` gives its logits.
       logits: those of this one.
       history: how training went.
+      ranks: the rank of each module, where they were allocated.
+      budget: the number of triplets allowed after each step, likewise.
     """
 
     adapter: Adapter
     predict: Callable[[Adapter, Tokens], np.ndarray]
     logits: np.ndarray
     history: History
+    ranks: dict[str, int]
+    budget: list[int]
 
 
 def run(options: Quickstart, console: Console) -> Result:
@@ -87,13 +102,24 @@ def run(options: Quickstart, console: Console) -> Result:
             baseline=encoder.accuracy(task.probe_logits, task.held_out.labels),
             title=f"{named(options.method, options.recipe.rank)}, on {task.title}",
         )
-    display.done("plot", str(curves))
+        pictures = [curves]
+        if trained.ranks:
+            pictures.append(
+                report.rank_allocation(
+                    options.output / "ranks.png",
+                    ranks=trained.ranks,
+                    budget=trained.budget,
+                    title=f"{named(options.method, options.recipe.rank)}, on {task.title}",
+                )
+            )
+    display.done("plot", ", ".join(map(str, pictures)))
     result = conclude(
         options,
         task,
         trained.adapter,
         trained.logits,
         trained.history.held_out,
+        trained.ranks,
         display.seconds,
         time.perf_counter() - start,
     )
@@ -121,7 +147,7 @@ def attach(options: Quickstart, task: Task) -> tuple[Adapter, Adapted]:
     few = task.train[:2]
     sites = peftjax.find_sites(apply_fn, task.params, few.ids, few.mask)
     config = METHODS[options.method](
-        options.recipe,
+        options,
         task.modules,
         target_modules=[task.modules[part] for part in options.recipe.parts],
         modules_to_save=["classifier"],
@@ -146,9 +172,19 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
         untrained = predict(adapter, task.held_out[: encoder.PREDICTION_BATCH])
         _agree("the untrained adapter", untrained, task.probe_logits)
         transformation = finetune.optimizer(options.steps, options.recipe.learning_rate)
+        allocates = options.method == "adalora"
+        if allocates:
+            transformation = peftjax.rank_allocator(transformation, adapter)
         state = transformation.init(adapter.params)
         example = task.train[np.arange(options.batch_size) % len(task.train)]
-        step = finetune.compile_step(adapted, transformation, task.params, adapter, example)
+        step = finetune.compile_step(
+            adapted,
+            transformation,
+            task.params,
+            adapter,
+            example,
+            peftjax.orthogonality if allocates else None,
+        )
     targets = ", ".join(task.modules[part] for part in options.recipe.parts)
     where = f"{len(adapter.params) - 1} modules ({targets}) and the classifier"
     display.done("adapter", f"{named(options.method, options.recipe.rank)}, on {where}")
@@ -157,9 +193,16 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
         with display.timed("evaluate"):
             return encoder.accuracy(predict(adapter, task.held_out), task.held_out.labels)
 
+    budget: list[int] = []
+
+    def on_step(history: History, state: Any) -> None:
+        advance(len(history.loss), _progress(history))
+        if allocates:
+            budget.append(int(state.budget))
+
     every = max(50, -(-options.steps // 3))
     with display.bar("Training", options.steps, every=max(1, options.steps // 6)) as advance:
-        adapter, history = finetune.train(
+        adapter, state, history = finetune.train(
             step,
             task.params,
             adapter,
@@ -167,11 +210,21 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
             sentiment.batches(task.train, options.batch_size, options.steps, options.seed),
             measure_at=range(every, options.steps, every),
             measure=measure,
-            on_step=lambda history: advance(len(history.loss), _progress(history)),
+            on_step=on_step,
         )
     display.seconds["train"] = sum(history.seconds)
     pace = f"{1000 * float(np.median(history.seconds)):.0f} ms each"
     display.done("train", f"{options.steps} steps of {options.batch_size} texts, {pace}")
+
+    ranks: dict[str, Any] = {}
+    if allocates:
+        with display.phase("prune", "Dropping the triplets outside the budget"):
+            ranks = peftjax.ranks(adapter, state)
+            whole = predict(adapter, task.held_out[: encoder.PREDICTION_BATCH])
+            adapter = peftjax.prune(adapter, state)
+            _agree("the pruned adapter", predict(adapter, task.held_out[: len(whole)]), whole)
+        left = f"{min(ranks.values())} to {max(ranks.values())} in each module"
+        display.done("prune", f"{sum(ranks.values())} triplets are left, {left}")
 
     with display.phase("evaluate", "Measuring on held-out texts"):
         logits = predict(adapter, task.held_out)
@@ -180,7 +233,7 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
     # At step 0 the adapter changes nothing, as was just seen, so the probe's accuracy is the start.
     start = (0, encoder.accuracy(task.probe_logits, task.held_out.labels))
     history.held_out[:] = [start, *history.held_out, (options.steps, accuracy)]
-    return Trained(adapter, predict, logits, history)
+    return Trained(adapter, predict, logits, history, ranks, budget)
 
 
 def _progress(history: History) -> str:

@@ -41,6 +41,7 @@ class Result:
       held_out_texts: how many texts were measured on.
       labels: names of the labels.
       held_out_curve: (step, held-out accuracy).
+      ranks: rank of each module, where they were allocated.
       settings: all flags, as ``Quickstart.settings`` gives them.
       versions: of Python and the libraries.
     """
@@ -59,6 +60,7 @@ class Result:
     held_out_texts: int
     labels: tuple[str, ...]
     held_out_curve: tuple[tuple[int, float], ...]
+    ranks: dict[str, int]
     settings: dict[str, Any]
     versions: dict[str, str]
 
@@ -73,6 +75,7 @@ def conclude(
     adapter: Adapter,
     logits: np.ndarray,
     held_out_curve: Sequence[tuple[int, float]],
+    ranks: Mapping[str, int],
     phase_seconds: Mapping[str, float],
     seconds: float,
 ) -> Result:
@@ -84,6 +87,7 @@ def conclude(
       adapter: the trained adapter.
       logits: its answers on the held-out texts.
       held_out_curve: (step, held-out accuracy).
+      ranks: rank of each module, where they were allocated.
       phase_seconds: time by phase.
       seconds: time of the whole run, the download included.
     """
@@ -108,6 +112,7 @@ def conclude(
         held_out_texts=len(task.held_out),
         labels=task.labels,
         held_out_curve=tuple(held_out_curve),
+        ranks=dict(ranks),
         settings=options.settings(),
         versions=_versions(),
     )
@@ -173,10 +178,11 @@ def verdict(result: Result) -> str:
     words = f"{result.gain_points:+.1f} points over the probe"
     if result.gain_points >= GOAL_POINTS:
         return f"{words}: the goal of {GOAL_POINTS:.0f} or more is reached."
-    # A short run or another task promises nothing.
+    # A short run, another task or another method promises nothing.
     usual = Quickstart()
     settings = result.settings
-    if settings["steps"] < usual.steps or settings["data"] or settings["model"]:
+    other = settings["data"] or settings["model"] or settings["method"] != usual.method
+    if settings["steps"] < usual.steps or other:
         return f"{words}."
     return f"{words}: the goal of {GOAL_POINTS:.0f} or more is missed."
 

@@ -215,12 +215,12 @@ def test_flags_change_the_recipe_and_nothing_else(method: options.Method) -> Non
 def test_the_recipe_reaches_the_config(method: options.Method) -> None:
     """Whatever a method has, and no more: a number that is accepted is used."""
     own = options.RECIPES[method]
-    recipe = dataclasses.replace(own, rank=own.rank and 6, alpha=own.alpha and 5.0)
-    config = quickstart.METHODS[method](
-        recipe, options.MODULES["bert"], target_modules="all-linear"
-    )
-    assert getattr(config, "r", None) == recipe.rank
-    assert getattr(config, "lora_alpha", getattr(config, "alpha", None)) == recipe.alpha
+    given = Quickstart(method, rank=own.rank and 6, alpha=own.alpha and 5.0)
+    config = quickstart.METHODS[method](given, options.MODULES["bert"], target_modules="all-linear")
+    assert getattr(config, "r", getattr(config, "target_r", None)) == given.rank
+    assert getattr(config, "lora_alpha", getattr(config, "alpha", None)) == given.alpha
+    if method == "adalora":
+        assert (config.init_r, config.total_step) == (9, given.steps)
     assert getattr(config, "use_dora", False) == (method == "dora")
 
 
@@ -425,8 +425,13 @@ def test_a_whole_run_of_every_method(
         "loha": 2 * (4 * 16 * r),
         "hra": 2 * (16 * r),
         "ia3": 16 + 16 + 16 + 32,
+        # Query, key and value: whatever their ranks, those of the budget are left in all.
+        "adalora": 3 * (16 + 1 + 16) * r,
     }
     assert found["trainable_parameters"] == 2 * a_layer[method] + 16 * 2 + 2
+    pictures = {"curves.png", *(["ranks.png"] if method == "adalora" else [])}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == pictures
+    assert len(found["ranks"]) == (6 if method == "adalora" else 0)
 
 
 TINY = {
@@ -509,6 +514,7 @@ def outcome(accuracy: float, **settings: object) -> Any:
         held_out_texts=1500,
         labels=("negative", "positive"),
         held_out_curve=((0, 0.8), (150, accuracy)),
+        ranks={},
         settings={**Quickstart().settings(), **settings},
         versions={},
     )
@@ -521,6 +527,7 @@ def outcome(accuracy: float, **settings: object) -> Any:
         (0.82, {}, "+2.0 points over the probe: the goal of 4 or more is missed."),
         (0.82, {"steps": 20}, "+2.0 points over the probe."),
         (0.79, {"data": "mine.csv"}, "-1.0 points over the probe."),
+        (0.82, {"method": "ia3"}, "+2.0 points over the probe."),
     ],
 )
 def test_verdict(accuracy: float, settings: dict[str, Any], words: str) -> None:
