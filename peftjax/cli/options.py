@@ -48,7 +48,7 @@ RECIPES: dict[Method, Recipe] = {
     "loha": Recipe(learning_rate=5e-3, rank=4, alpha=64.0),
     "hra": Recipe(learning_rate=5e-3, rank=16),
     "ia3": Recipe(learning_rate=1e-2, parts=("key", "value", "output")),
-    "adalora": Recipe(learning_rate=5e-3, rank=4, alpha=32.0, parts=("query", "key", "value")),
+    "adalora": Recipe(learning_rate=1e-2, rank=4, alpha=64.0, parts=("query", "key", "value")),
 }
 
 
