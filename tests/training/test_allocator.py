@@ -139,7 +139,7 @@ def score_of(own):
 
 
 def by_the_rule(adapter, steps, lr=LR):
-    """Budget, masks and params after each step of plain SGD, in NumPy and float32."""
+    """Budget, masks, params and averages after each step of plain SGD, in NumPy and float32."""
     config = adapter.config
     params = jax.tree.map(np.array, adapter.params)
     average = jax.tree.map(np.zeros_like, params)
@@ -169,17 +169,20 @@ def by_the_rule(adapter, steps, lr=LR):
         if step > freeze or (step > config.tinit and step % config.deltaT == 0) or step == freeze:
             for name, mask in kept.items():
                 params[name]["lora_E"] = np.where(mask, params[name]["lora_E"], 0)
-        yield budget, kept, jax.tree.map(np.copy, params)
+        yield budget, kept, jax.tree.map(np.copy, params), (average, spread)
 
 
 @pytest.mark.parametrize("interval", [1, 4])
 def test_rule_for_every_kind_of_weight(interval):
     adapter = every(house_sites(), deltaT=interval)
     after = train(rank_allocator(optax.sgd(LR), adapter), adapter.params, 24)
-    for (params, state), (budget, kept, want) in zip(after, by_the_rule(adapter, 24), strict=True):
+    steps = zip(after, by_the_rule(adapter, 24), strict=True)
+    for (params, state), (budget, kept, want, averages) in steps:
         assert int(state.budget) == budget
         chex.assert_trees_all_equal(jax.tree.map(np.asarray, state.kept), kept)
         chex.assert_trees_all_close(params, want, rtol=0, atol=1e-6)
+        got = (state.sensitivity, state.uncertainty)
+        chex.assert_trees_all_close(got, averages, rtol=0, atol=1e-6)
     chex.assert_shape(state.kept["experts"], (2, 3, 4))
     assert sum(mask.sum() for mask in kept.values()) == 2 * (3 + 6 + 8)
 
