@@ -138,8 +138,9 @@ def weight_spec(site: Site, dtype: DTypeLike) -> WeightSpec:
 
 def _warn_unmatched(config: AdapterConfig, chosen: Sites) -> None:
     """Warns of patterns that no adapted module matches, so that they do nothing."""
-    for field in config.pattern_fields:
-        idle = unmatched_patterns(getattr(config, field, {}), chosen)
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, field, {})
+        idle = unmatched_patterns([k.removesuffix(config.pattern_suffix) for k in pattern], chosen)
         if idle:
             warnings.warn(
                 f"{field}: {', '.join(map(repr, idle))} matches no adapted module",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from peftjax.adapter import Adapter
@@ -59,12 +60,36 @@ def restore_adapter(directory: str | Path, like: Adapter) -> Adapter:
         saved = checkpointer.metadata(directory / _ARRAYS).item_metadata.tree
         _check(directory, _by_path(saved), _by_path(wanted))
         arrays = checkpointer.restore(directory / _ARRAYS, wanted)
-    return like.replace(params=arrays["params"], buffers=arrays["buffers"])
+    return like.replace(
+        params=_refilled(like.params, arrays["params"]),
+        buffers=_refilled(like.buffers, arrays["buffers"]),
+    )
 
 
 def _arrays(adapter: Adapter) -> dict[str, Any]:
-    """What goes to disk."""
-    return {"params": adapter.params, "buffers": adapter.buffers}
+    """What goes to disk: all but empty arrays, of which there is nothing to write."""
+    return {
+        "params": _written(adapter.params),
+        "buffers": _written(adapter.buffers),
+    }
+
+
+def _written(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Arrays by module and name, without those of size 0."""
+    return {
+        module: {name: x for name, x in own.items() if x.size} for module, own in arrays.items()
+    }
+
+
+def _refilled(like: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+    """The arrays from disk in the structure of ``like``, with its empty ones."""
+    return {
+        module: {
+            name: arrays[module][name] if x.size else jnp.zeros(x.shape, x.dtype)
+            for name, x in own.items()
+        }
+        for module, own in like.items()
+    }
 
 
 def _abstract(array: Any) -> jax.ShapeDtypeStruct:

@@ -82,8 +82,8 @@ class AdapterConfig:
     peft_type: ClassVar[str] = ""
     method: ClassVar[Method]
     unsupported_fields: ClassVar[Mapping[str, object]] = FrozenMapping()
-    # Those whose keys are regular expressions for the ends of paths.
-    pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
+    # What the keys of a ``rank_pattern`` have behind the name of their module.
+    pattern_suffix: ClassVar[str] = ""
 
     target_modules: Targets | None = None
     exclude_modules: Targets | None = None

@@ -257,6 +257,8 @@ class Method:
       rank_axes: for each array that has rank axes, which they are; layers of one stack whose
         ranks differ are padded along them, and told apart by a 0/1 ``rank_mask`` among the frozen
         arrays.
+      rank_mask: from the config and a site, that mask of all its weights, where the config itself
+        says which ranks are padding.
       init_reads_weight: whether ``init`` reads the weight.
       reads_weight: whether ``factors`` does.
       wants_tokens: from the config, the weight's spec and its trainable arrays, perhaps stacked:
@@ -269,6 +271,7 @@ class Method:
     inverse: Make | None = None
     bias: Callable[[Any, Arrays, Arrays, Weight], BiasChange] = lambda *_: BiasChange()
     rank_axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    rank_mask: Callable[[Any, Any], Any] = lambda config, site: None
     init_reads_weight: Callable[[Any], bool] = lambda config: False
     reads_weight: Callable[[Any], bool] = lambda config: False
     wants_tokens: Callable[[Any, WeightSpec, Arrays], bool] = lambda config, spec, params: False

@@ -99,7 +99,11 @@ def init_site(
     parts = _padded([init(*group) for group in groups.items()], config, site)
     made = [layer for chosen in groups.values() for layer in chosen]
     order = jnp.asarray([made.index(layer) for layer in layers])
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays)[order], *parts)
+    params, buffers = jax.tree.map(lambda *arrays: jnp.concatenate(arrays)[order], *parts)
+    mask = method.rank_mask(config, site)
+    if mask is not None:
+        buffers["rank_mask"] = jnp.asarray(mask, next(iter(params.values())).dtype)
+    return params, buffers
 
 
 def _padded(

@@ -119,7 +119,7 @@ def is_named(names: str | Sequence[str], site: Site, layer: int | None = None) -
     return any(ends_with(entry, name) for entry in names for name in own)
 
 
-def unmatched_patterns(pattern: Mapping[str, object], sites: Sites) -> tuple[str, ...]:
+def unmatched_patterns(pattern: Iterable[str], sites: Sites) -> tuple[str, ...]:
     """Returns the keys of a ``rank_pattern`` or ``alpha_pattern`` that match no site's layer."""
     layers = [(site, layer) for site in sites.sites for layer in _every_layer(site)]
     return tuple(

@@ -62,7 +62,7 @@ loha = functools.partial(LoHaConfig, r=2, alpha=5)
 hra = functools.partial(HRAConfig, r=4)
 
 METHODS = [
-    Method("lora", lora, everywhere=True),
+    Method("lora", lora),
     Method("lora_pissa", functools.partial(lora, init_lora_weights="pissa")),
     Method(
         "lora_bias",
@@ -72,7 +72,7 @@ METHODS = [
     Method("lora_gaussian", functools.partial(lora, init_lora_weights="gaussian", use_rslora=True)),
     # No method of its own, but every part of the factors at once.
     Method("everything", EverythingConfig, identity=False, everywhere=True),
-    Method("dora", functools.partial(lora, use_dora=True), everywhere=True, invertible=False),
+    Method("dora", functools.partial(lora, use_dora=True), invertible=False),
     Method(
         "dora_olora",
         functools.partial(lora, use_dora=True, init_lora_weights="olora"),
@@ -94,10 +94,9 @@ METHODS = [
 ]
 
 # One of each kind of site and of each framework: where a method runs that need not run on every
-# case. The two rows that do use every part of the factors, and read the weight in every way.
+# case. The row that does uses every part of the factors.
 KINDS = {
     "linen_dense",
-    "linen_conv2d",
     "linen_grouped_conv",
     "linen_tied_embedding",
     "linen_scan_axis1_remat",
@@ -105,15 +104,10 @@ KINDS = {
     "haiku_conv",
     "equinox_conv",
     "einsum_attention",
-    "weight_on_the_left",
-    "moe_einsum",
     "moe_ragged_dot",
     "vmap_members",
-    "dilated_both_ways",
 }
-
-
-FEW_KINDS = {"linen_dense", "linen_conv2d", "linen_tied_embedding", "nnx_scan_remat", "moe_einsum"}
+FEW_KINDS = {"linen_dense", "haiku_conv", "nnx_scan_remat"}
 
 
 def rows(everywhere: Callable[[Method], bool], kinds: set[str]) -> list[Any]:

@@ -119,7 +119,7 @@ class AdaLoraConfig(AdapterConfig):
     """
 
     peft_type: ClassVar[str] = "ADALORA"
-    pattern_fields: ClassVar[tuple[str, ...]] = ()
+    pattern_suffix: ClassVar[str] = ".lora_E"
 
     target_r: int = 8
     init_r: int = 12
@@ -141,11 +141,11 @@ class AdaLoraConfig(AdapterConfig):
         if self.rank_pattern is None:
             object.__setattr__(self, "rank_pattern", {})
         super().__post_init__()
-        for name in ("target_r", "init_r", "tinit", "tfinal"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}")
-        if self.deltaT < 1:
-            raise ValueError(f"`deltaT` must be 1 or more, got {self.deltaT}")
+        least = {"target_r": 0, "init_r": 0, "tinit": 0, "tfinal": 0, "deltaT": 1}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"`{name}` must be an integer from {minimum} on, got {value!r}")
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in (0, 1), got {getattr(self, name)}")
@@ -207,9 +207,8 @@ def orthogonality(adapter: Adapter) -> Float[Array, ""]:
         mask = buffers.get("rank_mask", jnp.ones(b.shape[0], b.dtype))
         ins, outs = tuple(range(a.ndim - 1)), tuple(range(1, b.ndim))
         grams = (dot(a, a, ((ins, ins), ((), ()))), dot(b, b, ((outs, outs), ((), ()))))
-        both = mask[:, None] * mask[None]
-        wanted = jnp.eye(b.shape[0], dtype=b.dtype)
-        first, second = (_norm((gram - wanted.astype(gram.dtype)) * both) for gram in grams)
+        both = (mask[:, None] * mask[None]).astype(grams[0].dtype)
+        first, second = (_norm((gram - jnp.eye(len(gram))) * both) for gram in grams)
         return first + second
 
     every = [over_stack(norms, s)(*site_arrays(adapter, s)).sum() for s in adapter.sites.values()]
@@ -275,9 +274,9 @@ def _extended(config: AdaLoraConfig, site: Site, chosen: np.ndarray) -> np.ndarr
     if before is None:
         return chosen
     after = np.array(before, dtype=bool)
-    rows, own = after.reshape(-1, config.init_r), chosen.reshape(-1, chosen.shape[-1])
-    for row, some in zip(rows, own, strict=True):
-        row[row] = some[: row.sum()]
+    for index in np.ndindex(after.shape[:-1]):
+        row = after[index]
+        row[row] = chosen[index][: row.sum()]
     return after
 
 
@@ -290,34 +289,43 @@ def _taken(array: Array, order: np.ndarray, axis: int, stack: int) -> Array:
     return jnp.moveaxis(jnp.take_along_axis(last, jnp.asarray(index), axis=-1), -1, axis)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """Rank of one weight, and whether it is one of a pruned stack, in which ranks may differ."""
-
-    rank: int
-    masked: bool
-
-
-def _settings(config: AdaLoraConfig, site: Site, layer: int | None) -> _Settings:
+def _left(config: AdaLoraConfig, site: Site) -> np.ndarray | None:
+    """How many triplets of each weight of a site are left; None where nothing was pruned."""
     pattern = config.rank_pattern.get(pattern_key(site))
     if pattern is None:
-        return _Settings(config.init_r, masked=False)
-    kept = np.array(pattern, dtype=bool)
-    if kept.shape != (*site.stack_shape, config.init_r):
+        return None
+    kept, wanted = np.array(pattern, dtype=bool), (*site.stack_shape, config.init_r)
+    if kept.shape != wanted:
         raise ValueError(
-            f"`rank_pattern` has a list of shape {kept.shape} for it, and {config.init_r} triplets "
-            f"in a stack of shape {site.stack_shape} need {(*site.stack_shape, config.init_r)}"
+            f"`rank_pattern` has a list of shape {kept.shape} for it; {config.init_r} triplets in "
+            f"a stack of shape {site.stack_shape} need {wanted}"
         )
-    if layer is not None:
-        kept = kept[list(site.layers or range(len(kept))).index(layer)]
-    return _Settings(int(kept.sum(axis=-1).max(initial=0)), masked=layer is not None)
+    return kept.sum(axis=-1)
+
+
+def _settings(config: AdaLoraConfig, site: Site, layer: int | None) -> int:
+    """The rank of one weight; of several that share a layer, the largest."""
+    left = _left(config, site)
+    if left is None:
+        return config.init_r
+    if layer is None:
+        return int(left)
+    return int(left[list(site.layers or range(len(left))).index(layer)].max())
+
+
+def _rank_mask(config: AdaLoraConfig, site: Site) -> np.ndarray | None:
+    """Which triplets of a pruned stack are there, and which are padding."""
+    left = _left(config, site)
+    if left is None or not site.stack_axes:
+        return None
+    return np.arange(left.max()) < left[..., None]
 
 
 def _init(
-    key: PRNGKeyArray, config: AdaLoraConfig, settings: _Settings, weight: Weight
+    key: PRNGKeyArray, config: AdaLoraConfig, rank: int, weight: Weight
 ) -> tuple[Arrays, Arrays]:
     """Vectors of small normal numbers, or normal ones; and singular values of zero, or normal."""
-    spec, rank = weight.spec, settings.rank
+    spec = weight.spec
     shapes = {
         "lora_A": (*spec.in_shape, rank),
         "lora_E": (rank,),
@@ -330,10 +338,7 @@ def _init(
         for own, (name, shape) in zip(jax.random.split(key, 3), shapes.items(), strict=True)
     }
     alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
-    buffers = {"scaling": jnp.asarray(alpha / (config.init_r + 1e-5), spec.dtype)}
-    if settings.masked:
-        buffers["rank_mask"] = jnp.ones(rank, spec.dtype)
-    return params, buffers
+    return params, {"scaling": jnp.asarray(alpha / (config.init_r + 1e-5), spec.dtype)}
 
 
 def _factors(
@@ -355,4 +360,5 @@ AdaLoraConfig.method = Method(
     init=_init,
     factors=_factors,
     rank_axes={"lora_A": (-1,), "lora_E": (-1,), "lora_B": (0,)},
+    rank_mask=_rank_mask,
 )

@@ -61,7 +61,7 @@ def rank_allocator(
     highest scores of all modules together become zero; triplets that tie with the last to go,
     go too. From step ``total_step - tfinal`` on the choice stays. The first update is step 0. All
     of it is part of the traced step: nothing is compiled twice, no number goes to the host, and
-    the statistics are float32 for any dtype.
+    the statistics are float32 for any dtype. A gradient that is not finite leaves them as they are.
 
     It has to see the final updates: put everything else inside, as in
     ``rank_allocator(optax.chain(clip, adamw), adapter)``; only ``optax.MultiSteps`` goes around it,
@@ -78,7 +78,8 @@ def rank_allocator(
       The optimizer; its ``update`` needs ``params``.
 
     Raises:
-      ValueError: the adapter is of another method, or its config has no ``total_step``; from
+      ValueError: the adapter is of another method or has no triplets, or its config has no
+        ``total_step``; from
         ``init`` and ``update``: triplets of the adapter are missing or there twice.
 
     Example:
@@ -104,6 +105,8 @@ def rank_allocator(
     first = sum(int(mask.sum()) for mask in real.values())
     padding = sum(mask.size for mask in real.values()) - first
     weights = sum(math.prod(site.stack_shape) for site in adapter.sites.values())
+    if not first:
+        raise ValueError("this adapter has no triplets left to allocate")
     drops = _drops(config, first, config.target_r * weights)
     freeze = config.total_step - config.tfinal
 
@@ -230,13 +233,14 @@ def _importance(
     freeze: int,
 ) -> tuple[Triplets, Triplets]:
     """Sensitivity and uncertainty after this step; as they are once the ranks stay."""
-    learns = state.step < freeze
+    learning = state.step < freeze
 
     def sensitivity(average: Array, now: Array) -> Array:
+        learns = learning & jnp.isfinite(now)
         return jnp.where(learns, config.beta1 * average + (1 - config.beta1) * now, average)
 
     def uncertainty(average: Array, now: Array, expected: Array) -> Array:
-        off = jnp.abs(now - expected)
+        learns, off = learning & jnp.isfinite(now), jnp.abs(now - expected)
         return jnp.where(learns, config.beta2 * average + (1 - config.beta2) * off, average)
 
     def product(p: Array, gradient: Array) -> Array:
