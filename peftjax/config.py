@@ -214,9 +214,13 @@ def _supported(cls: type[AdapterConfig], fields: Mapping[str, Any]) -> dict[str,
     return {name: value for name, value in fields.items() if name not in cls.unsupported_fields}
 
 
-def check_ranks(r: int, rank_pattern: Mapping[str, int], field: str = "r") -> tuple[int, ...]:
-    """Returns every rank of a config; raises a ValueError unless all are positive integers."""
-    ranks = {field: r, **{f"rank_pattern[{key!r}]": rank for key, rank in rank_pattern.items()}}
+def check_ranks(r: int, rank_pattern: Mapping[str, int]) -> dict[str, int]:
+    """Returns every rank of a config by the field that gives it.
+
+    Raises:
+      ValueError: one of them is no positive integer, or a key is no regular expression.
+    """
+    ranks = {"r": r, **{f"rank_pattern[{key!r}]": rank for key, rank in rank_pattern.items()}}
     for name, rank in ranks.items():
         if not isinstance(rank, int) or rank <= 0:
             raise ValueError(
@@ -224,7 +228,7 @@ def check_ranks(r: int, rank_pattern: Mapping[str, int], field: str = "r") -> tu
             )
     for key in rank_pattern:
         check_regex("rank_pattern", key)
-    return tuple(ranks.values())
+    return ranks
 
 
 def check_probability(field: str, value: float) -> None:

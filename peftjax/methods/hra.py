@@ -93,11 +93,12 @@ class HRAConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        odd = [rank for rank in check_ranks(self.r, self.rank_pattern) if rank % 2]
+        ranks = check_ranks(self.r, self.rank_pattern)
+        odd = [f"{name} = {rank}" for name, rank in ranks.items() if rank % 2]
         check_biases(self.bias, "hra_only")
         if odd and self.init_weights:
             warnings.warn(
-                f"an odd number of reflections (r = {odd[0]}) does not start as the identity: "
+                f"an odd number of reflections ({odd[0]}) does not start as the identity: "
                 f"take an even one",
                 UserWarning,
                 stacklevel=3,
@@ -129,7 +130,7 @@ def hra_orthogonality(adapter: Adapter) -> Float[Array, ""]:
       >>> sites = peftjax.find_sites(apply_fn, params, jnp.ones((2, 40)))
       >>> config = peftjax.HRAConfig(r=2, target_modules=["dense"])
       >>> adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
-      >>> float(peftjax.hra_orthogonality(adapter))  # two equal columns, as they start
+      >>> round(float(peftjax.hra_orthogonality(adapter)), 3)  # two equal columns, at the start
       2.0
 
     References:

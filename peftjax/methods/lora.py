@@ -154,8 +154,9 @@ class LoraConfig(AdapterConfig):
         for key in self.alpha_pattern:
             check_regex("alpha_pattern", key)
         self._check_init()
-        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
-            raise ValueError(f'`init_lora_weights="orthogonal"` needs even ranks, got {ranks}')
+        odd = [f"{name} = {rank}" for name, rank in ranks.items() if rank % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(f'`init_lora_weights="orthogonal"` needs even ranks, got {odd[0]}')
         check_probability("lora_dropout", self.lora_dropout)
         check_biases(self.bias, "lora_only")
         if self.lora_bias and self.use_dora:
