@@ -179,7 +179,7 @@ def test_odd_ranks_warn():
     with pytest.warns(UserWarning, match=r"odd number of reflections \(r = 3\)"):
         params, adapter = start(3)
     assert float(jnp.abs(jax.jit(merge)(params, adapter)["w"] - params["w"]).max()) > 1e-2
-    with pytest.warns(UserWarning, match=r"odd number of reflections \(r = 5\)"):
+    with pytest.warns(UserWarning, match=r"odd number of reflections \(rank_pattern\['k'\] = 5\)"):
         HRAConfig(rank_pattern={"q": 2, "k": 5})
     HRAConfig(r=3, init_weights=False)  # No promise, no warning.
 
