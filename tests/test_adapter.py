@@ -1,5 +1,7 @@
 """Making adapters: selection, stacks of unequal ranks, whole leaves, keys and bad input."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,18 @@ import numpy as np
 import pytest
 from models import mlp, mlp_params, normal, redraw, scanned, scanned_params
 
-from peftjax import LoraConfig, NoMatchingModuleError, adapt, find_sites, init_adapter, merge
+from peftjax import (
+    AdaLoraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    NoMatchingModuleError,
+    adapt,
+    find_sites,
+    init_adapter,
+    merge,
+)
 
 KEY = jax.random.key(0)
 X = normal(4, 6, seed=9, std=1)
@@ -234,3 +247,34 @@ def test_a_function_as_target_becomes_names(dense):
     adapter = init_adapter(KEY, LoraConfig(target_modules=lambda s: s.in_size == 9), dense[1])
     assert adapter.config.target_modules == ("down",)
     adapter.config.to_dict()
+
+
+@pytest.mark.parametrize("weights", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=3, lora_alpha=5),
+        LoraConfig(r=3, lora_alpha=5, use_dora=True),
+        LoHaConfig(r=1, alpha=5, rank_dropout=0.2),
+        LoHaConfig(r=6, alpha=5),
+        HRAConfig(r=4),
+        HRAConfig(r=4, apply_GS=True),
+        IA3Config(feedforward_modules=["down"]),
+        AdaLoraConfig(init_r=3, lora_alpha=5),
+    ],
+    ids=["lora", "dora", "loha", "loha_fused", "hra", "hra_gs", "ia3", "adalora"],
+)
+def test_adapters_of_half_precision(config, weights):
+    """Whatever the weights are: the algebra of small matrices runs in float32."""
+    params, x = mlp_params(weights), normal(4, 6, std=1, dtype=weights)
+    config = dataclasses.replace(config, target_modules=["up", "down"])
+    adapter = init_adapter(KEY, config, find_sites(mlp, params, x), params, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(adapter.params)} == {jnp.dtype(jnp.bfloat16)}
+    adapter = adapter.replace(params=redraw(adapter.params))
+
+    def outputs(adapter):
+        return adapt(mlp)(params, adapter, x), mlp(merge(params, adapter), x)
+
+    got, want = jax.jit(outputs)(adapter)
+    np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=5e-2)
+    assert jnp.isfinite(adapt(mlp)(params, adapter.train(KEY), x)).all()

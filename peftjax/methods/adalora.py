@@ -208,7 +208,9 @@ def orthogonality(adapter: Adapter) -> Float[Array, ""]:
         ins, outs = tuple(range(a.ndim - 1)), tuple(range(1, b.ndim))
         grams = (dot(a, a, ((ins, ins), ((), ()))), dot(b, b, ((outs, outs), ((), ()))))
         both = (mask[:, None] * mask[None]).astype(grams[0].dtype)
-        first, second = (_norm((gram - jnp.eye(len(gram))) * both) for gram in grams)
+        first, second = (
+            _norm((gram - jnp.eye(len(gram), dtype=gram.dtype)) * both) for gram in grams
+        )
         return first + second
 
     every = [over_stack(norms, s)(*site_arrays(adapter, s)).sum() for s in adapter.sites.values()]

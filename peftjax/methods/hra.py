@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from peftjax.adapter import Adapter, site_arrays
 from peftjax.config import AdapterConfig, FrozenMapping, check_biases, check_ranks
-from peftjax.factors import Arrays, Factors, Method, Weight, dot
+from peftjax.factors import Arrays, Factors, Method, Weight, accumulation_dtype, dot
 from peftjax.sites import Site
 from peftjax.stacks import over_stack
 from peftjax.targeting import pattern_value
@@ -118,7 +118,7 @@ def hra_orthogonality(adapter: Adapter) -> Float[Array, ""]:
       adapter: an HRA adapter.
 
     Returns:
-      A scalar of the adapter's dtype, zero for orthonormal reflections.
+      A scalar, zero for orthonormal reflections; float32 for adapters of half precision.
 
     Raises:
       ValueError: the adapter is of another method.
@@ -198,10 +198,11 @@ def _orthonormal(u: Array) -> Array:
 
 
 def _reflections(config: HRAConfig, params: Arrays, buffers: Arrays) -> Array:
-    """The unit vectors of the chain, in order."""
+    """The unit vectors of the chain, in order, in the dtype sums run in."""
     u = params["hra_u"]
     if "rank_mask" in buffers:
         u = u * jnp.broadcast_to(buffers["rank_mask"], u.shape)
+    u = u.astype(accumulation_dtype(u.dtype))
     if not config.apply_GS:
         return _unit(u)
     return jnp.concatenate([_orthonormal(u[..., 0::2]), _orthonormal(u[..., 1::2])], axis=-1)

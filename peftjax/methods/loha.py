@@ -17,7 +17,16 @@ from peftjax.config import (
     check_ranks,
     check_regex,
 )
-from peftjax.factors import Arrays, Change, Dense, Factors, Method, Weight, WeightSpec
+from peftjax.factors import (
+    Arrays,
+    Change,
+    Dense,
+    Factors,
+    Method,
+    Weight,
+    WeightSpec,
+    accumulation_dtype,
+)
 from peftjax.sites import Site
 from peftjax.targeting import pattern_value
 
@@ -283,9 +292,9 @@ def _kept(config: LoHaConfig, key: PRNGKeyArray, spec: WeightSpec, dtype: Any) -
     """What the two dropouts of training multiply the outputs of the change with."""
     key_rows, key_module = jax.random.split(key)
     rows = jax.random.uniform(key_rows, spec.out_shape) > config.rank_dropout
-    share = jnp.maximum(jnp.mean(rows, dtype=dtype), 1 / spec.out_size)
+    share = jnp.maximum(jnp.mean(rows, dtype=accumulation_dtype(dtype)), 1 / spec.out_size)
     module = jax.random.uniform(key_module) > config.module_dropout
-    return jnp.where(rows & module, 1 / share, 0)
+    return jnp.where(rows & module, 1 / share, 0).astype(dtype)
 
 
 def _change(

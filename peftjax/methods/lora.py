@@ -319,7 +319,8 @@ def _norms(weight: Weight, a: Array, b: Array) -> Array:
     """The lengths of the columns of W + A B, which is not built."""
     changed = dataclasses.replace(weight, earlier=(*weight.earlier, Factors(A=a, B=b)))
     # Rounding could leave a column of zeros a square below zero.
-    squares = jnp.maximum(changed.squared_norms(), jnp.finfo(a.dtype).tiny)
+    squares = changed.squared_norms()
+    squares = jnp.maximum(squares, jnp.finfo(squares.dtype).tiny)
     return lax.stop_gradient(jnp.sqrt(squares))
 
 
