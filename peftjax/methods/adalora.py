@@ -145,7 +145,7 @@ class AdaLoraConfig(AdapterConfig):
         for name, minimum in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
-                raise ValueError(f"`{name}` must be an integer from {minimum} on, got {value!r}")
+                raise ValueError(f"`{name}` must be {minimum} or more, and whole, got {value!r}")
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in (0, 1), got {getattr(self, name)}")

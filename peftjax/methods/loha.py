@@ -54,7 +54,8 @@ class LoHaConfig(AdapterConfig):
       (B_1 \ast B_2)_{:,(i,j)} = B_{1:,i} \odot B_{2:,j}.
 
     For ranks and token counts where ``fusing_is_cheaper``, the change is built once a call and
-    added to the weight instead, rounded to the weight's dtype as merging would.
+    added to the weight instead, rounded to the weight's dtype as merging would. That takes as much
+    memory as the weight; of a scanned stack, as the whole stack.
 
     With ``use_effective_conv2d`` a convolution whose kernel has more than one tap gets a Tucker
     core for each of the two matrices (``hada_t1``, ``hada_t2``, (``r``, ``r``, \*taps)), the small
@@ -276,16 +277,17 @@ def _halves(params: Arrays, buffers: Arrays, spec: WeightSpec) -> list[tuple[Arr
             a = a * mask.reshape(-1, *[1] * (a.ndim - 1))
             b = b * jnp.broadcast_to(mask, b.shape)
         if f"hada_t{half}" in params:
-            core = params[f"hada_t{half}"]
-            # (i, j, *taps) and (*channels, j) to (*taps, *channels, i), then to the kernel's order.
-            laid = jnp.tensordot(core, b, ((1,), (b.ndim - 1,)), precision="highest")
-            laid = jnp.moveaxis(laid, 0, -1)
-            channels = [axis for axis in range(len(spec.in_shape)) if axis not in spec.taps]
-            now = [*spec.taps, *channels]
-            order = [now.index(axis) for axis in range(len(now))]
-            b = jnp.transpose(laid, (*order, len(now)))
+            b = _with_core(params[f"hada_t{half}"], b, spec)
         halves.append((b, a))
     return halves
+
+
+def _with_core(core: Array, b: Array, spec: WeightSpec) -> Array:
+    """The in factor of a kernel, (*in, i), from its core, (i, j, *taps), and (*channels, j)."""
+    spread = jnp.tensordot(core, b, ((1,), (b.ndim - 1,)), precision="highest")
+    taps_first = jnp.moveaxis(spread, 0, -1)
+    now = [*spec.taps, *(axis for axis in range(len(spec.in_shape)) if axis not in spec.taps)]
+    return jnp.moveaxis(taps_first, range(len(now)), now)
 
 
 def _kept(config: LoHaConfig, key: PRNGKeyArray, spec: WeightSpec, dtype: Any) -> Array:
