@@ -11,7 +11,7 @@ from peftjax.adapter import Adapter, path_key, site_arrays, weight_spec
 from peftjax.engine import compat
 from peftjax.engine.linear import fused, split_as
 from peftjax.engine.views import Layer, View, layout
-from peftjax.factors import Arrays, BiasChange, Change, Dense, Weight, inverse
+from peftjax.factors import Arrays, BiasChange, Change, Dense, Weight, WeightSpec, inverse
 from peftjax.sites import Site
 from peftjax.stacks import over_stack, spread, stacked_weight
 
@@ -64,7 +64,6 @@ def _keys(key: PRNGKeyArray | None, site: Site) -> PRNGKeyArray | None:
 def _as_left(view: View, adapter: Adapter, site: Site, tokens: int | None) -> Weight:
     """The selected layers of a weight as earlier adapters left them, for a method to ask about."""
     method = adapter.config.method
-    dtype = next(iter(site_arrays(adapter, site)[0].values())).dtype
     reads = method.reads_weight(adapter.config)
     if reads and view.grouped:
         raise ValueError(
@@ -76,7 +75,7 @@ def _as_left(view: View, adapter: Adapter, site: Site, tokens: int | None) -> We
         earlier = jax.tree.map(lambda array: array[jnp.asarray(site.layers)], earlier)
     base = view.base if reads else None
     rest = {"earlier": earlier, "tokens": tokens, "fusible": not view.drops}
-    return stacked_weight(site, weight_spec(site, dtype), base, site.layers, **rest)
+    return stacked_weight(site, _spec(adapter, site), base, site.layers, **rest)
 
 
 def _spread(change: Change, site: Site) -> Change:
@@ -115,18 +114,22 @@ def _specs(change: Change, view: View) -> Change:
 def bias_change(adapter: Adapter, site: Site) -> BiasChange:
     """What an adapter changes about the bias of one site, laid out (stack, out)."""
     config = adapter.config
-    own, frozen = site_arrays(adapter, site)
-    weight = stacked_weight(site, weight_spec(site, next(iter(own.values())).dtype), None)
+    weight = stacked_weight(site, _spec(adapter, site), None)
 
     def one(params: Arrays, buffers: Arrays) -> BiasChange:
         return config.method.bias(config, params, buffers, weight)
 
-    made = over_stack(one, site)(own, frozen)
+    made = over_stack(one, site)(*site_arrays(adapter, site))
     return BiasChange(_whole(made.scale, site, 1), _whole(made.shift, site, 0))
 
 
 def wants_tokens(adapter: Adapter, site: Site) -> bool:
     """Whether the method wants to know how many tokens pass through a weight of this site."""
     own, _ = site_arrays(adapter, site)
-    spec = weight_spec(site, next(iter(own.values())).dtype)
-    return adapter.config.method.wants_tokens(adapter.config, spec, own)
+    return adapter.config.method.wants_tokens(adapter.config, _spec(adapter, site), own)
+
+
+def _spec(adapter: Adapter, site: Site) -> WeightSpec:
+    """What the method is told about the weights of a site."""
+    own, _ = site_arrays(adapter, site)
+    return weight_spec(site, next(iter(own.values())).dtype)

@@ -52,6 +52,31 @@ class FrozenMapping(Mapping[K, V]):
         return repr(self._data)
 
 
+# What PEFT's LoRA and AdaLoRA configs hold besides, each with its default there.
+LORA_FIELDS_OF_PEFT_ALONE: FrozenMapping[str, object] = FrozenMapping(
+    {
+        "alora_invocation_tokens": None,
+        "arrow_config": None,
+        "corda_config": None,
+        "ensure_weight_tying": False,
+        "eva_config": None,
+        "kasa_config": None,
+        "layer_replication": None,
+        "loftq_config": FrozenMapping(),
+        "lora_ga_config": None,
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "monteclora_config": None,
+        "qalora_group_size": 16,
+        "target_parameters": None,
+        "trainable_token_indices": None,
+        "use_bdlora": None,
+        "use_qalora": False,
+        "velora_config": None,
+    }
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The fields every adapter config shares, under PEFT's names.

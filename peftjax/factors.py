@@ -194,9 +194,13 @@ def _scaled_inputs(weight: Weight, scale: Array) -> Array:
 
 def _through(a: Array, other: Array, b: Array) -> Array:
     """``(a^T other) b``, from the small side."""
+    return dot(gram(a, other).astype(b.dtype), b, (((1,), (0,)), ((), ()))).astype(b.dtype)
+
+
+def gram(a: Array, b: Array) -> Array:
+    """``a^T b`` of two arrays of shape (*in, rank), at the best precision."""
     ins = tuple(range(a.ndim - 1))
-    small = dot(a, other, ((ins, ins), ((), ()))).astype(b.dtype)
-    return dot(small, b, (((1,), (0,)), ((), ()))).astype(b.dtype)
+    return dot(a, b, ((ins, ins), ((), ())))
 
 
 def dot(a: Array, b: Array, dims: Any) -> Array:

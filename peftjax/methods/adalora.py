@@ -13,41 +13,26 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from peftjax.adapter import Adapter, site_arrays
 from peftjax.config import (
+    LORA_FIELDS_OF_PEFT_ALONE,
     AdapterConfig,
     FrozenMapping,
     check_biases,
     check_probability,
     rejects,
 )
-from peftjax.factors import Arrays, Factors, Method, Weight, dot
+from peftjax.factors import Arrays, Factors, Method, Weight, dot, gram
 from peftjax.sites import Site
 from peftjax.stacks import over_stack
 
 
 @rejects(
-    alora_invocation_tokens=None,
+    **LORA_FIELDS_OF_PEFT_ALONE,
+    # These PEFT accepts here, and ignores.
     alpha_pattern=FrozenMapping(),
-    arrow_config=None,
-    corda_config=None,
-    ensure_weight_tying=False,
-    eva_config=None,
-    kasa_config=None,
-    layer_replication=None,
-    loftq_config=FrozenMapping(),
     lora_bias=False,
-    lora_ga_config=None,
-    megatron_config=None,
-    megatron_core="megatron.core",
-    monteclora_config=None,
-    qalora_group_size=16,
     r=8,
-    target_parameters=None,
-    trainable_token_indices=None,
-    use_bdlora=None,
     use_dora=False,
-    use_qalora=False,
     use_rslora=False,
-    velora_config=None,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaLoraConfig(AdapterConfig):
@@ -205,11 +190,11 @@ def orthogonality(adapter: Adapter) -> Float[Array, ""]:
     def norms(params: Arrays, buffers: Arrays) -> Array:
         a, b = params["lora_A"], params["lora_B"]
         mask = buffers.get("rank_mask", jnp.ones(b.shape[0], b.dtype))
-        ins, outs = tuple(range(a.ndim - 1)), tuple(range(1, b.ndim))
-        grams = (dot(a, a, ((ins, ins), ((), ()))), dot(b, b, ((outs, outs), ((), ()))))
+        outs = tuple(range(1, b.ndim))
+        grams = (gram(a, a), dot(b, b, ((outs, outs), ((), ()))))
         both = (mask[:, None] * mask[None]).astype(grams[0].dtype)
         first, second = (
-            _norm((gram - jnp.eye(len(gram), dtype=gram.dtype)) * both) for gram in grams
+            _norm((each - jnp.eye(len(each), dtype=each.dtype)) * both) for each in grams
         )
         return first + second
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from peftjax.adapter import Adapter, site_arrays
 from peftjax.config import AdapterConfig, FrozenMapping, check_biases, check_ranks
-from peftjax.factors import Arrays, Factors, Method, Weight, accumulation_dtype, dot
+from peftjax.factors import Arrays, Factors, Method, Weight, accumulation_dtype, gram
 from peftjax.sites import Site
 from peftjax.stacks import over_stack
 from peftjax.targeting import pattern_value
@@ -144,7 +144,7 @@ def hra_orthogonality(adapter: Adapter) -> Float[Array, ""]:
     def penalty(params: Arrays, buffers: Arrays) -> Array:
         v = _reflections(config, params, buffers)
         # The diagonal is 1 by construction, and 0 for the padding of a stack.
-        return 2 * jnp.sum(jnp.square(jnp.triu(_gram(v, v), 1)))
+        return 2 * jnp.sum(jnp.square(jnp.triu(gram(v, v), 1)))
 
     every = (
         jnp.sum(over_stack(penalty, site)(*site_arrays(adapter, site)))
@@ -167,11 +167,6 @@ def _init(key: PRNGKeyArray, config: HRAConfig, rank: int, weight: Weight) -> tu
     return {"hra_u": jnp.repeat(u, 2, axis=-1) if paired else u}, {}
 
 
-def _gram(a: Array, b: Array) -> Array:
-    ins = tuple(range(a.ndim - 1))
-    return dot(a, b, ((ins, ins), ((), ()))).astype(a.dtype)
-
-
 def _unit(u: Array) -> Array:
     """The columns at length 1; a column of zeros stays one, and reflects nothing."""
     squares = jnp.sum(jnp.square(u), axis=tuple(range(u.ndim - 1)), keepdims=True)
@@ -187,9 +182,9 @@ def _orthonormal(u: Array) -> Array:
     if u.shape[-1] == 0:
         return u
     v = _unit(u)
-    gram = _gram(v, v)
-    empty = jnp.diagonal(gram) == 0
-    factor = jnp.linalg.cholesky(gram + jnp.diag(empty.astype(gram.dtype)))
+    products = gram(v, v)
+    empty = jnp.diagonal(products) == 0
+    factor = jnp.linalg.cholesky(products + jnp.diag(empty.astype(v.dtype)))
     columns = v.reshape(-1, v.shape[-1])
     solved = lax.linalg.triangular_solve(
         factor, columns, left_side=False, lower=True, transpose_a=True
@@ -211,7 +206,7 @@ def _reflections(config: HRAConfig, params: Arrays, buffers: Arrays) -> Array:
 def _change(v: Array, weight: Weight, undo: bool) -> Factors:
     """P^T W as W plus factors, or P W, which undoes it."""
     # T^-1 of the compact WY form; columns of zeros keep their half.
-    t_inverse = jnp.triu(_gram(v, v), 1) + 0.5 * jnp.eye(v.shape[-1], dtype=v.dtype)
+    t_inverse = jnp.triu(gram(v, v), 1) + 0.5 * jnp.eye(v.shape[-1], dtype=v.dtype)
     projected = weight.project(v)
     flat = projected.reshape(v.shape[-1], -1)
     b = lax.linalg.triangular_solve(

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from peftjax.config import (
+    LORA_FIELDS_OF_PEFT_ALONE,
     AdapterConfig,
     FrozenMapping,
     check_biases,
@@ -28,26 +29,7 @@ _INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?")
 _INITS_OF_PEFT_ALONE = ("mica", "eva", "corda", "loftq", "lora_ga")
 
 
-@rejects(
-    alora_invocation_tokens=None,
-    arrow_config=None,
-    corda_config=None,
-    ensure_weight_tying=False,
-    eva_config=None,
-    kasa_config=None,
-    layer_replication=None,
-    loftq_config=FrozenMapping(),
-    lora_ga_config=None,
-    megatron_config=None,
-    megatron_core="megatron.core",
-    monteclora_config=None,
-    qalora_group_size=16,
-    target_parameters=None,
-    trainable_token_indices=None,
-    use_bdlora=None,
-    use_qalora=False,
-    velora_config=None,
-)
+@rejects(**LORA_FIELDS_OF_PEFT_ALONE)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig(AdapterConfig):
     r"""Low-rank adaptation: learn the change of a weight as a product of two thin matrices.
