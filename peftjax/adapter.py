@@ -97,11 +97,12 @@ def init_adapter(
         leaf.path: leaf for leaf in bias_leaves(getattr(config, "bias", "none"), sites, chosen)
     }
     method = config.method
+    reads_weight = method.init_reads_weight(config) or method.buffers_read_weight(config)
     leaves: Mapping[str, Any] = {}
     if params is not None:
         leaves = leaf_paths(params)
         check_leaves(leaves, chosen, tuple(saved.values()))
-    elif saved or method.init_reads_weight(config):
+    elif saved or reads_weight:
         what = f"copies of {', '.join(saved)}" if saved else "initial factors out of the weights"
         raise ValueError(f"this config starts from {what}: pass params to init_adapter")
 
@@ -109,7 +110,7 @@ def init_adapter(
     frozen: dict[str, Arrays] = {}
     for site in chosen.values():
         own_dtype = jnp.dtype(dtype or accumulation_dtype(site.dtype))
-        base = leaves[site.path] if method.init_reads_weight(config) else None
+        base = leaves[site.path] if reads_weight else None
         own_key = path_key(key, site.path)
         try:
             made = init_site(own_key, config, site, weight_spec(site, own_dtype), base)

@@ -250,8 +250,9 @@ class Method:
       settings: from the config, a site and a layer index (None for a weight that is not stacked):
         the hyper-parameters of one weight, such as its rank and scale. Raises where the config
         cannot be used on that site.
-      init: from a key, the config, those settings and the weight: its trainable and its frozen
-        arrays.
+      init: from a key, the config, those settings, the weight and its frozen arrays: its
+        trainable arrays.
+      buffers: from the first four of these: its frozen arrays. By default none.
       factors: from the config, those arrays, the weight and a key while training (None
         otherwise): the change of the weight.
       inverse: from the same, the weight being the changed one: the change that undoes it. By
@@ -264,18 +265,21 @@ class Method:
       rank_mask: from the config and a site, that mask of all its weights, where the config itself
         says which ranks are padding.
       init_reads_weight: whether ``init`` reads the weight.
+      buffers_read_weight: whether ``buffers`` does.
       reads_weight: whether ``factors`` does.
       wants_tokens: from the config, the weight's spec and its trainable arrays, perhaps stacked:
         whether ``factors`` wants to know how many tokens pass through the weight.
     """
 
     settings: Callable[[Any, Any, int | None], Hashable]
-    init: Callable[[PRNGKeyArray, Any, Any, Weight], tuple[Arrays, Arrays]]
+    init: Callable[[PRNGKeyArray, Any, Any, Weight, Arrays], Arrays]
     factors: Make
+    buffers: Callable[[PRNGKeyArray, Any, Any, Weight], Arrays] = lambda *_: {}
     inverse: Make | None = None
     bias: Callable[[Any, Arrays, Arrays, Weight], BiasChange] = lambda *_: BiasChange()
     rank_axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     rank_mask: Callable[[Any, Any], Any] = lambda config, site: None
     init_reads_weight: Callable[[Any], bool] = lambda config: False
+    buffers_read_weight: Callable[[Any], bool] = lambda config: False
     reads_weight: Callable[[Any], bool] = lambda config: False
     wants_tokens: Callable[[Any, WeightSpec, Arrays], bool] = lambda config, spec, params: False

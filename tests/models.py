@@ -90,7 +90,7 @@ class EverythingConfig(AdapterConfig):
     dropout: float = 0.0
 
 
-def _init(key, config, settings, weight):
+def _init(key, config, settings, weight, buffers):
     spec = weight.spec
     # A scale that differed between the taps of a kernel would be no scale of its input.
     in_scale = tuple(1 if i in spec.taps else n for i, n in enumerate(spec.in_shape))
@@ -106,7 +106,7 @@ def _init(key, config, settings, weight):
     return {
         name: jax.random.normal(key, shape, spec.dtype)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }, {}
+    }
 
 
 def _factors(config, params, buffers, weight, key):

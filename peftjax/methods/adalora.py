@@ -308,9 +308,14 @@ def _rank_mask(config: AdaLoraConfig, site: Site) -> np.ndarray | None:
     return np.arange(left.max()) < left[..., None]
 
 
+def _buffers(key: PRNGKeyArray, config: AdaLoraConfig, rank: int, weight: Weight) -> Arrays:
+    alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
+    return {"scaling": jnp.asarray(alpha / (config.init_r + 1e-5), weight.spec.dtype)}
+
+
 def _init(
-    key: PRNGKeyArray, config: AdaLoraConfig, rank: int, weight: Weight
-) -> tuple[Arrays, Arrays]:
+    key: PRNGKeyArray, config: AdaLoraConfig, rank: int, weight: Weight, buffers: Arrays
+) -> Arrays:
     """Vectors of small normal numbers, or normal ones; and singular values of zero, or normal."""
     spec = weight.spec
     shapes = {
@@ -319,13 +324,11 @@ def _init(
         "lora_B": (rank, *spec.out_shape),
     }
     std = {"lora_A": 0.02, "lora_E": 0.0, "lora_B": 0.02}
-    params = {
+    return {
         name: jax.random.normal(own, shape, spec.dtype)
         * jnp.asarray(std[name] if config.init_lora_weights else 1, spec.dtype)
         for own, (name, shape) in zip(jax.random.split(key, 3), shapes.items(), strict=True)
     }
-    alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
-    return params, {"scaling": jnp.asarray(alpha / (config.init_r + 1e-5), spec.dtype)}
 
 
 def _factors(
@@ -345,6 +348,7 @@ def _factors(
 AdaLoraConfig.method = Method(
     settings=_settings,
     init=_init,
+    buffers=_buffers,
     factors=_factors,
     rank_axes={"lora_A": (-1,), "lora_E": (-1,), "lora_B": (0,)},
     rank_mask=_rank_mask,

@@ -157,14 +157,16 @@ def _settings(config: HRAConfig, site: Site, layer: int | None) -> int:
     return pattern_value(config.rank_pattern, site, config.r, layer)
 
 
-def _init(key: PRNGKeyArray, config: HRAConfig, rank: int, weight: Weight) -> tuple[Arrays, Arrays]:
+def _init(
+    key: PRNGKeyArray, config: HRAConfig, rank: int, weight: Weight, buffers: Arrays
+) -> Arrays:
     """Pairs of equal columns, uniform as torch would draw them: the fan-in is their number."""
     spec = weight.spec
     paired = config.init_weights and rank % 2 == 0
     drawn = rank // 2 if paired else rank
     bound = 1 / math.sqrt(drawn)
     u = jax.random.uniform(key, (*spec.in_shape, drawn), spec.dtype, -bound, bound)
-    return {"hra_u": jnp.repeat(u, 2, axis=-1) if paired else u}, {}
+    return {"hra_u": jnp.repeat(u, 2, axis=-1) if paired else u}
 
 
 def _unit(u: Array) -> Array:

@@ -105,8 +105,8 @@ def _settings(config: IA3Config, site: Site, layer: int | None) -> bool:
 
 
 def _init(
-    key: PRNGKeyArray, config: IA3Config, feedforward: bool, weight: Weight
-) -> tuple[Arrays, Arrays]:
+    key: PRNGKeyArray, config: IA3Config, feedforward: bool, weight: Weight, buffers: Arrays
+) -> Arrays:
     """Scales laid out like the weight, of size 1 along the axes that they do not scale.
 
     So the shape says which ones they do: PEFT tells them apart in the same way.
@@ -117,8 +117,8 @@ def _init(
     if feedforward and max(shape) == 1:
         raise ValueError("a feedforward module has a single input: exclude the module")
     if config.init_ia3_weights:
-        return {"ia3_l": jnp.ones(shape, spec.dtype)}, {}
-    return {"ia3_l": jax.random.normal(key, shape, spec.dtype)}, {}
+        return {"ia3_l": jnp.ones(shape, spec.dtype)}
+    return {"ia3_l": jax.random.normal(key, shape, spec.dtype)}
 
 
 def _channels(spec: WeightSpec) -> tuple[int, ...]:

@@ -239,9 +239,13 @@ def _taps(config: LoHaConfig, spec: WeightSpec) -> tuple[int, ...]:
     return taps if config.use_effective_conv2d and math.prod(taps) > 1 else ()
 
 
+def _buffers(key: PRNGKeyArray, config: LoHaConfig, settings: _Settings, weight: Weight) -> Arrays:
+    return {"scaling": jnp.asarray(settings.scaling, weight.spec.dtype)}
+
+
 def _init(
-    key: PRNGKeyArray, config: LoHaConfig, settings: _Settings, weight: Weight
-) -> tuple[Arrays, Arrays]:
+    key: PRNGKeyArray, config: LoHaConfig, settings: _Settings, weight: Weight, buffers: Arrays
+) -> Arrays:
     """Uniform factors, as torch would draw them, but for one that is zero."""
     spec, r = weight.spec, settings.rank
     taps = _taps(config, spec)
@@ -264,7 +268,7 @@ def _init(
             )
     if config.init_weights:
         params["hada_w2_b"] = jnp.zeros_like(params["hada_w2_b"])
-    return params, {"scaling": jnp.asarray(settings.scaling, spec.dtype)}
+    return params
 
 
 def _halves(params: Arrays, buffers: Arrays, spec: WeightSpec) -> list[tuple[Array, Array]]:
@@ -326,6 +330,7 @@ def _wants_tokens(config: LoHaConfig, spec: WeightSpec, params: Arrays) -> bool:
 LoHaConfig.method = Method(
     settings=_settings,
     init=_init,
+    buffers=_buffers,
     factors=_change,
     rank_axes={
         "hada_w1_a": (0,),

@@ -183,17 +183,23 @@ def _settings(config: LoraConfig, site: Site, layer: int | None) -> _Settings:
     return _Settings(rank, config.scaling(rank, alpha))
 
 
+def _buffers(key: PRNGKeyArray, config: LoraConfig, settings: _Settings, weight: Weight) -> Arrays:
+    """The scale; with PiSSA and OLoRA also where A and B start, which is subtracted from them."""
+    scaling = {"scaling": jnp.asarray(settings.scaling, weight.spec.dtype)}
+    if not _starts_from_weight(config):
+        return scaling
+    a, b = _from_weight(str(config.init_lora_weights), key, weight, settings)
+    return scaling | {"lora_A_init": a, "lora_B_init": b}
+
+
 def _init(
-    key: PRNGKeyArray, config: LoraConfig, settings: _Settings, weight: Weight
-) -> tuple[Arrays, Arrays]:
-    """A and B of one weight; with PiSSA and OLoRA their start as well, which is subtracted."""
+    key: PRNGKeyArray, config: LoraConfig, settings: _Settings, weight: Weight, buffers: Arrays
+) -> Arrays:
+    """A and B of one weight, a bias and lengths if there are any."""
     spec, rank = weight.spec, settings.rank
-    scaling = jnp.asarray(settings.scaling, spec.dtype)
     init = config.init_lora_weights
-    buffers = {"scaling": scaling}
     if _starts_from_weight(config):
-        a, b = _from_weight(str(init), key, weight, settings)
-        buffers |= {"lora_A_init": a, "lora_B_init": b}
+        a, b = buffers["lora_A_init"], buffers["lora_B_init"]
     elif init == "orthogonal":
         a, b = _orthogonal(key, spec, rank)
     else:
@@ -207,7 +213,7 @@ def _init(
         # The lengths of the columns as they are, so that nothing is rescaled at the start.
         norms = _norms(weight, *_low_rank(params, buffers))
         params["lora_magnitude_vector"] = norms.astype(spec.dtype)
-    return params, buffers
+    return params
 
 
 def _starts_from_weight(config: LoraConfig) -> bool:
@@ -339,10 +345,12 @@ def _bias(config: LoraConfig, params: Arrays, buffers: Arrays, weight: Weight) -
 LoraConfig.method = Method(
     settings=_settings,
     init=_init,
+    buffers=_buffers,
     factors=_factors,
     inverse=_inverse,
     bias=_bias,
     rank_axes={"lora_A": (-1,), "lora_B": (0,), "lora_A_init": (-1,), "lora_B_init": (0,)},
-    init_reads_weight=lambda config: config.use_dora or _starts_from_weight(config),
+    init_reads_weight=lambda config: config.use_dora,
+    buffers_read_weight=_starts_from_weight,
     reads_weight=lambda config: config.use_dora,
 )

@@ -1,0 +1,149 @@
+"""Adapters taken apart into the arrays of single weights, and put together again.
+
+Files and the algebra of adapters know single weights alone: no stacked layers, no padding.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from peftjax.adapter import Adapter, path_key, site_arrays, weight_spec
+from peftjax.config import AdapterConfig
+from peftjax.factors import Arrays, WeightSpec
+from peftjax.sites import Leaf, Site, Sites
+from peftjax.stacks import by_layer, init_buffers
+
+Index = tuple[int, ...]
+Part = tuple[str, Index]  # the name of a site, and where in its stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Single:
+    """One weight of a site with its own arrays, free of stack axes and padding.
+
+    Attributes:
+      site: the site.
+      index: where the weight lies along the stack axes of the model's array; empty without any.
+      spec: what a method is told about the weight.
+      params: its trainable arrays, in host memory.
+      buffers: its frozen arrays, likewise.
+    """
+
+    site: Site
+    index: Index
+    spec: WeightSpec
+    params: dict[str, np.ndarray]
+    buffers: dict[str, np.ndarray]
+
+
+def indices(site: Site) -> Iterator[Index]:
+    """Where the weights of a site lie along its stack axes, the layers of the model counted."""
+    for index in np.ndindex(site.stack_shape):
+        yield index if site.layers is None else (site.layers[index[0]], *index[1:])
+
+
+def unstack(adapter: Adapter) -> dict[Part, Single]:
+    """Takes an adapter apart into the weights that it adapts."""
+    singles = {}
+    for site in adapter.sites.values():
+        own, frozen = jax.tree.map(np.asarray, site_arrays(adapter, site))
+        mask = frozen.pop("rank_mask", None)
+        spec = weight_spec(site, next(iter(own.values())).dtype)
+        for position, index in zip(np.ndindex(site.stack_shape), indices(site), strict=True):
+            params = {name: array[position] for name, array in own.items()}
+            buffers = {name: array[position] for name, array in frozen.items()}
+            if mask is not None:
+                params = _trimmed(params, mask[position] > 0, adapter.config)
+                buffers = _trimmed(buffers, mask[position] > 0, adapter.config)
+            singles[site.name, index] = Single(site, index, spec, params, buffers)
+    return singles
+
+
+def _trimmed(
+    arrays: dict[str, np.ndarray], kept: np.ndarray, config: AdapterConfig
+) -> dict[str, np.ndarray]:
+    """The arrays of one weight without the padding of their rank axes."""
+    trimmed = dict(arrays)
+    for name, axes in config.method.rank_axes.items():
+        for axis in axes if name in trimmed else ():
+            trimmed[name] = np.compress(kept, trimmed[name], axis=axis)
+    return trimmed
+
+
+def restack(
+    config: AdapterConfig,
+    sites: Sites,
+    params: Mapping[Part, Mapping[str, np.ndarray]],
+    *,
+    scaling: Mapping[Part, float] | None = None,
+    saved: Mapping[Leaf, np.ndarray] | None = None,
+    leaves: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """Puts an adapter together out of the arrays of single weights.
+
+    Args:
+      config: the config, whose method makes the frozen arrays.
+      sites: the adapted sites.
+      params: the trainable arrays of each weight of each site.
+      scaling: the scales of the weights, where the config does not tell them.
+      saved: the values of whole leaves that are trained too.
+      leaves: the base's arrays by path, if the frozen arrays are taken out of them.
+    """
+    trainable: dict[str, Arrays] = {}
+    frozen: dict[str, Arrays] = {}
+    for site in sites.values():
+        trainable[site.name], frozen[site.name] = _site_arrays(config, site, params, leaves)
+        if scaling is not None:
+            scales = [scaling[site.name, index] for index in indices(site)]
+            like = frozen[site.name]["scaling"]
+            frozen[site.name]["scaling"] = jnp.asarray(scales, like.dtype).reshape(like.shape)
+    for leaf, value in (saved or {}).items():
+        trainable.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.asarray(value)
+    return Adapter(trainable, frozen, None, config, Sites(sites.sites), tuple(saved or ()))
+
+
+def _site_arrays(
+    config: AdapterConfig,
+    site: Site,
+    params: Mapping[Part, Mapping[str, np.ndarray]],
+    leaves: Mapping[str, Any] | None,
+) -> tuple[Arrays, Arrays]:
+    """The trainable and the frozen arrays of a site, stack axes in front."""
+    method = config.method
+    base = leaves[site.path] if leaves and method.buffers_read_weight(config) else None
+
+    def make(settings: Any, layers: Sequence[int] | None) -> tuple[Arrays, Arrays]:
+        chosen = [i for i in indices(site) if layers is None or i[0] in layers]
+        stack = site.stack_shape if layers is None else (len(layers), *site.stack_shape[1:])
+        singles = _padded([dict(params[site.name, index]) for index in chosen], config)
+        own = {
+            name: jnp.asarray(
+                np.stack([single[name] for single in singles]).reshape(*stack, *first.shape)
+            )
+            for name, first in singles[0].items()
+        }
+        # A key of zero: where frozen arrays are drawn, a file does not say what was drawn.
+        key = path_key(jax.random.key(0), site.path)
+        spec = weight_spec(site, next(iter(own.values())).dtype)
+        return own, init_buffers(key, config, settings, site, spec, base, layers)
+
+    return by_layer(make, config, site)
+
+
+def _padded(
+    singles: list[dict[str, np.ndarray]], config: AdapterConfig
+) -> list[dict[str, np.ndarray]]:
+    """The arrays of several weights, padded with zeros to the largest rank."""
+    axes = {n: own for n, own in config.method.rank_axes.items() if n in singles[0]}
+    for name, own in axes.items():
+        widest = max(single[name].shape[own[0]] for single in singles)
+        for single in singles:
+            width = [(0, 0)] * single[name].ndim
+            for axis in own:
+                width[axis] = (0, widest - single[name].shape[axis])
+            single[name] = np.pad(single[name], width)
+    return singles
