@@ -6,6 +6,14 @@ from peftjax.adapter import init_adapter as init_adapter
 from peftjax.engine.trace import FallbackError as FallbackError
 from peftjax.frameworks import from_linen as from_linen
 from peftjax.frameworks import from_nnx as from_nnx
+from peftjax.interop.base import base_state_dict as base_state_dict
+from peftjax.interop.families import module_names as module_names
+from peftjax.interop.low_level import get_peft_model_state_dict as get_peft_model_state_dict
+from peftjax.interop.low_level import inject_adapter_in_model as inject_adapter_in_model
+from peftjax.interop.low_level import set_peft_model_state_dict as set_peft_model_state_dict
+from peftjax.interop.names import ModuleNames as ModuleNames
+from peftjax.interop.pretrained import load_pretrained as load_pretrained
+from peftjax.interop.pretrained import save_pretrained as save_pretrained
 from peftjax.merging import merge as merge
 from peftjax.merging import unmerge as unmerge
 from peftjax.methods import AdaLoraConfig as AdaLoraConfig

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import math
 import re
+import types
+import typing
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, ClassVar, Self, TypeVar
@@ -170,20 +173,22 @@ class AdapterConfig:
                     f"`{name}` is a function, which cannot be written: init_adapter resolves it "
                     "to module names, so write the adapter's own config"
                 )
-        fields = {f.name: _thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        fields = {f.name: thaw(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {"peft_type": self.peft_type, **fields}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Reads the contents of an ``adapter_config.json``.
 
-        Keys that no version of the config has are dropped with a warning, as PEFT does.
+        Of fields that the config does not know, those that are off (null, false, empty) are
+        dropped with a warning; PEFT drops all of them, and with them what they mean.
 
         Args:
           data: the parsed JSON object.
 
         Raises:
-          ValueError: the file is of another adapter type, or sets a field not supported here.
+          ValueError: the file is of another adapter type, a value is of the wrong type or out of
+            range, or a field is set that is not known or not supported here.
         """
         peft_type = data.get("peft_type", cls.peft_type)
         if peft_type != cls.peft_type:
@@ -192,13 +197,28 @@ class AdapterConfig:
             )
         known = {f.name for f in dataclasses.fields(cls)} | set(cls.unsupported_fields)
         unknown = set(data) - known - _FILE_ONLY - {"peft_type"}
+        if on := sorted(name for name in unknown if data[name]):
+            version = data.get("peft_version")
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(map(repr, on))}"
+                + (f", which PEFT {version} wrote" if version else "")
+                + ": what it means is lost here; delete it from the file if that does not matter"
+            )
         if unknown:
             warnings.warn(
                 f"{cls.__name__} has no field {', '.join(map(repr, sorted(unknown)))}: dropped",
                 UserWarning,
                 stacklevel=2,
             )
-        return cls(**_supported(cls, {k: v for k, v in data.items() if k in known}))
+        fields = _supported(cls, {k: v for k, v in data.items() if k in known})
+        hints = typing.get_type_hints(cls)
+        for name, value in fields.items():
+            # PEFT writes null for what is not given.
+            if value is not None and not _conforms(value, hints[name]):
+                raise ValueError(f"{cls.__name__}: `{name}` cannot be {value!r}")
+        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in fields.items() if v is not None or defaults[k] is None}
+        return cls(**given)
 
 
 def rejects(**fields: object) -> Callable[[type[C]], type[C]]:
@@ -300,8 +320,29 @@ def _freeze(value: Any) -> Any:
     return value
 
 
-def _thaw(value: Any) -> Any:
+def _conforms(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON is what a field takes."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_conforms(value, each) for each in arguments)
+    if origin is Sequence:
+        return isinstance(value, list | tuple) and all(_conforms(v, arguments[0]) for v in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(
+            isinstance(k, str) and _conforms(v, arguments[1]) for k, v in value.items()
+        )
+    if hint is Any:
+        return True
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(hint, type) and isinstance(value, hint)
+
+
+def thaw(value: Any) -> Any:
     """Returns the value with containers made JSON's: the inverse of ``_freeze``."""
     if isinstance(value, Mapping):
-        return {key: _thaw(item) for key, item in value.items()}
-    return [_thaw(item) for item in value] if isinstance(value, tuple) else value
+        return {key: thaw(item) for key, item in value.items()}
+    return [thaw(item) for item in value] if isinstance(value, tuple) else value

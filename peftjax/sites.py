@@ -21,12 +21,14 @@ from peftjax.trees import leaf_paths, split
 class Leaf:
     """One array of a params tree: its dotted path, shape and dtype.
 
-    The path joins the keys from the root: ``encoder.layer.0.query.kernel``.
+    The path joins the keys from the root: ``encoder.layer.0.query.kernel``. Where the function
+    uses the array linearly, ``site`` says how.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    site: "Site | None" = dataclasses.field(default=None, repr=False)
 
     @property
     def module(self) -> str:
@@ -56,8 +58,10 @@ class Site:
         vmapped members. The first is the one that layer indices count.
       bias: dotted path of the bias added to the result, or None.
       bias_stack_axes: the axes of the bias that are stacked, in the order of ``stack_axes``.
-      tap_axes: of the in-axes, those along which the taps of a convolution's kernel lie.
+      tap_axes: of the in-axes, those along which the taps of a convolution's kernel lie, in the
+        order of the image's axes.
       groups: feature groups of a convolution.
+      dilated: whether the taps of a convolution's kernel lie apart.
       is_head: whether the result reaches an output of the function through views, its bias and
         scalar operations alone.
       layers: indices selected along the first stack axis; None means all of them.
@@ -75,6 +79,7 @@ class Site:
     bias_stack_axes: tuple[int, ...] = ()
     tap_axes: tuple[int, ...] = ()
     groups: int = 1
+    dilated: bool = False
     is_head: bool = False
     layers: tuple[int, ...] | None = None
 
@@ -262,6 +267,7 @@ def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
     found = dict(zip(found, _named(list(found.values())), strict=True))
     records, _ = trace({i: site.roles for i, site in found.items()})
     uses = {site.name: _uses(i, records) for i, site in found.items()}
+    every = tuple(dataclasses.replace(x, site=found.get(i)) for i, x in enumerate(every))
     return Sites(tuple(found.values()), every, tuple(uses.items()))
 
 
@@ -291,8 +297,9 @@ def _site(leaf: int, leaves: tuple[Leaf, ...], records: list[Record], is_head: b
         in_axes=axes["in"],
         out_axes=axes["out"],
         stack_axes=axes["stack"],
-        tap_axes=tuple(axis for axis in axes["in"] if axis in use.taps),
+        tap_axes=tuple(axis for axis in use.taps if axis in axes["in"]),
         groups=use.groups,
+        dilated=use.dilated,
         is_head=is_head,
     )
     biases = {

@@ -58,20 +58,36 @@ def select_sites(config: AdapterConfig, sites: Sites) -> Sites:
             "Please specify `target_modules` in the config: a list of names, a regular expression "
             'for whole paths, "all-linear" or a function of a Site; ' + _has(sites)
         )
-    named = _hits(targets, sites)
+    named, excluded = _hits(targets, sites), _hits(config.exclude_modules, sites)
     if unmatched := [entry for entry in named if not named[entry]]:
         reasons = (_why_unmatched(targets, entry, sites) for entry in unmatched)
         raise NoMatchingModuleError("`target_modules`: " + "\n".join(reasons))
-    excluded = _hits(config.exclude_modules, sites)
     for entry in (entry for entry in excluded if not excluded[entry]):
         reason = _why_unmatched(config.exclude_modules, entry, sites)
         warnings.warn(f"`exclude_modules`: {reason}", UserWarning, stacklevel=2)
+    selected, any_free = _selected(config, sites, named, excluded)
+    if not selected:
+        raise NoMatchingModuleError(_why_empty(config, any_free))
+    return dataclasses.replace(sites, sites=selected)
 
+
+def targeted(config: AdapterConfig, sites: Sites) -> tuple[Site, ...]:
+    """The sites that a config selects, however few: what it names in vain is no error here."""
+    named, excluded = (
+        _hits(targets, sites) for targets in (config.target_modules, config.exclude_modules)
+    )
+    return _selected(config, sites, named, excluded)[0]
+
+
+def _selected(
+    config: AdapterConfig, sites: Sites, named: Hits, excluded: Hits
+) -> tuple[tuple[Site, ...], bool]:
+    """The sites selected, and whether any was before layers were filtered."""
     selected, any_free = [], False
     for site in sites.sites:
         every = _every_layer(site)
         free = every.difference(*(hits.get(site.name, _NONE) for hits in excluded.values()))
-        if any(_within(entry, site.name) for entry in config.modules_to_save or ()):
+        if any(is_within(entry, site.name) for entry in config.modules_to_save or ()):
             free = _NONE
         found = {e: hits[site.name] & free for e, hits in named.items() if site.name in hits}
         layers = _NONE.union(*(_filter_layers(config, *item, site) for item in found.items()))
@@ -80,9 +96,7 @@ def select_sites(config: AdapterConfig, sites: Sites) -> Sites:
             site = dataclasses.replace(site, layers=tuple(sorted(layers)))
         if layers:
             selected.append(site)
-    if not selected:
-        raise NoMatchingModuleError(_why_empty(config, any_free))
-    return dataclasses.replace(sites, sites=tuple(selected))
+    return tuple(selected), any_free
 
 
 def pattern_value(pattern: Mapping[str, T], site: Site, default: T, layer: int | None = None) -> T:
@@ -98,7 +112,7 @@ def pattern_value(pattern: Mapping[str, T], site: Site, default: T, layer: int |
       default: the value where no key matches.
       layer: layer of a stacked site, which answers to that layer's names as well.
     """
-    names = (site.name, *(() if layer is None else _layer_names(site, layer)))
+    names = (site.name, *(() if layer is None else layer_names(site, layer)))
     for key, value in pattern.items():
         if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
             return value
@@ -113,7 +127,7 @@ def is_named(names: str | Sequence[str], site: Site, layer: int | None = None) -
       site: the site.
       layer: layer of a stacked site, which answers to that layer's names as well.
     """
-    own = (site.name, *(() if layer is None else _layer_names(site, layer)))
+    own = (site.name, *(() if layer is None else layer_names(site, layer)))
     if isinstance(names, str):
         return any(re.fullmatch(names, name) for name in own)
     return any(ends_with(entry, name) for entry in names for name in own)
@@ -148,12 +162,14 @@ def saved_leaves(config: AdapterConfig, sites: Sites) -> tuple[Leaf, ...]:
     modules = {leaf: site_names.get(leaf.path, leaf.module) for leaf in sites.leaves}
     entries = config.modules_to_save or ()
     for entry in entries:
-        if not any(_within(entry, module) for module in modules.values()):
+        if not any(is_within(entry, module) for module in modules.values()):
             every = (itertools.accumulate(m.split("."), "{}.{}".format) for m in modules.values())
             nearest = _nearest(entry, itertools.chain.from_iterable(every))
             raise NoMatchingModuleError(f"`modules_to_save`: no module named {entry!r}; {nearest}")
     return tuple(
-        leaf for leaf, module in modules.items() if any(_within(entry, module) for entry in entries)
+        leaf
+        for leaf, module in modules.items()
+        if any(is_within(entry, module) for entry in entries)
     )
 
 
@@ -211,7 +227,7 @@ def _named_layers(test: Callable[[str], object], site: Site) -> Layers:
         return layers
     if not site.stack_axes:
         return _NONE
-    return frozenset(i for i in layers if any(test(name) for name in _layer_names(site, i)))
+    return frozenset(i for i in layers if any(test(name) for name in layer_names(site, i)))
 
 
 def _filter_layers(config: AdapterConfig, entry: str, layers: Layers, site: Site) -> Layers:
@@ -227,10 +243,10 @@ def _filter_layers(config: AdapterConfig, entry: str, layers: Layers, site: Site
     def index(i: int) -> int | None:
         if fixed is not None or not site.stack_axes:
             return fixed
-        names = _layer_names(site, i)
+        names = layer_names(site, i)
         return i if any(_layer_index(f"{name}.", patterns) == i for name in names) else None
 
-    return frozenset(i for i in layers if entry in _layer_names(site, i) or index(i) in wanted)
+    return frozenset(i for i in layers if entry in layer_names(site, i) or index(i) in wanted)
 
 
 def _layer_index(name: str, patterns: Sequence[str]) -> int | None:
@@ -248,7 +264,7 @@ def _every_layer(site: Site) -> Layers:
     return frozenset(range(site.shape[site.stack_axes[0]] if site.stack_axes else 1))
 
 
-def _layer_names(site: Site, layer: int) -> tuple[str, ...]:
+def layer_names(site: Site, layer: int) -> tuple[str, ...]:
     """Returns the names an unrolled model might give one layer; without a stack, the site's."""
     if not site.stack_axes:
         return (site.name,)
@@ -262,7 +278,7 @@ def ends_with(entry: str, path: str) -> bool:
     return path == entry or path.endswith(f".{entry}")
 
 
-def _within(entry: str, path: str) -> bool:
+def is_within(entry: str, path: str) -> bool:
     """Whether the path lies in, or is, a module whose path ends with the entry."""
     return f".{entry}." in f".{path}."
 
@@ -276,9 +292,9 @@ def _why_unmatched(targets: Targets | None, entry: str, sites: Sites) -> str:
         return f"no whole path matches {entry!r} ([{entry!r}] would match its end); {nearest}"
     if weights := [site.name for site in sites.sites if ends_with(entry, site.path)]:
         return f"{entry!r} is a weight; name its module, {_listing(weights)}"
-    if inside := [site.name for site in sites.sites if _within(entry, site.name)]:
+    if inside := [site.name for site in sites.sites if is_within(entry, site.name)]:
         return f"{entry!r} holds other modules; name those: {_listing(inside)}"
-    if leaves := [leaf.path for leaf in sites.leaves if _within(entry, leaf.path)]:
+    if leaves := [leaf.path for leaf in sites.leaves if is_within(entry, leaf.path)]:
         return f"{entry!r} is no linear weight of the function, but only: {_listing(leaves)}"
     return f"no module matched {entry!r}; {_nearest(entry, sites)}"
 

@@ -74,6 +74,31 @@ def _trimmed(
     return trimmed
 
 
+def refill(adapter: Adapter, params: Mapping[Part, Mapping[str, np.ndarray]]) -> Adapter:
+    """An adapter with other trainable arrays for some of its weights, where the old ones lie.
+
+    Args:
+      adapter: the adapter.
+      params: the arrays by weight, in the shapes that ``unstack`` gives.
+    """
+    trainable = dict(adapter.params)
+    for site in adapter.sites.values():
+        chosen = dict(zip(indices(site), np.ndindex(site.stack_shape), strict=True))
+        arrays = {}
+        for name, old in site_arrays(adapter, site)[0].items():
+            new = np.array(old)
+            for index, position in chosen.items():
+                own = params.get((site.name, index), {}).get(name)
+                if own is not None:
+                    width = [
+                        (0, n - m) for n, m in zip(new[position].shape, own.shape, strict=True)
+                    ]
+                    new[position] = np.pad(own, width)
+            arrays[name] = jax.device_put(new, getattr(old, "sharding", None))
+        trainable[site.name] = {**adapter.params[site.name], **arrays}
+    return adapter.replace(params=trainable)
+
+
 def restack(
     config: AdapterConfig,
     sites: Sites,

@@ -164,10 +164,35 @@ def test_functions_cannot_be_written(field):
         config.to_dict()
 
 
-def test_unknown_keys_warn_and_are_dropped():
+def test_unknown_keys_that_are_off_warn_and_are_dropped():
     with pytest.warns(UserWarning, match="ToyConfig has no field 'new_one', 'newer': dropped"):
-        config = ToyConfig.from_dict({"newer": 1, "new_one": 2, "target_modules": ["q"]})
+        config = ToyConfig.from_dict({"newer": None, "new_one": {}, "target_modules": ["q"]})
     assert config == ToyConfig(target_modules=["q"])
+
+
+def test_unknown_keys_that_are_on_are_refused():
+    data = {"newer": 1, "off": False, "new_one": "x", "peft_version": "0.99.0"}
+    with pytest.raises(
+        ValueError, match="no field 'new_one', 'newer', which PEFT 0.99.0 wrote: .* delete it"
+    ):
+        ToyConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("target_modules", 3),
+        ("target_modules", ["q", 3]),
+        ("layers_to_transform", [1.5]),
+        ("layers_to_transform", True),
+        ("modules_to_save", "head"),
+        ("revision", 7),
+        ("pattern", [1]),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(field, value):
+    with pytest.raises((ValueError, TypeError), match=f"`{field}`"):
+        ToyConfig.from_dict({field: value})
 
 
 def test_what_peft_writes_beside_the_weights_is_no_surprise():

@@ -164,7 +164,8 @@ def _seen(leaf: int, axes: Axes, usage: Sequence[Role], rule: Rule, eqn: compat.
     along = rule.taps(eqn.params)
     others = {label for axis, own in enumerate(axes) if axis not in along for label in own}
     taps = tuple(label for axis in along for label in axes[axis] if label not in others)
-    return Seen(leaf, rule.kind, roles, taps, rule.groups(eqn.params))
+    own = (taps, rule.groups(eqn.params), rule.dilated(eqn.params))
+    return Seen(leaf, rule.kind, roles, *own)
 
 
 def _join(operands: list[Any], values: list[Any]) -> list[Any]:

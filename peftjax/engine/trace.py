@@ -22,8 +22,10 @@ class Seen:
       kind: the kind of use.
       roles: the original axes that are still there, each with the role of the use; None where
         parts of one axis are both summed over and kept.
-      taps: of those axes, the ones along which the taps of a convolution's kernel lie.
+      taps: of those axes, the ones along which the taps of a convolution's kernel lie, in the
+        order of the image's axes.
       groups: feature groups of a convolution.
+      dilated: whether a convolution's taps lie apart.
     """
 
     leaf: int
@@ -31,6 +33,7 @@ class Seen:
     roles: tuple[tuple[int, Role | None], ...]
     taps: tuple[int, ...]
     groups: int
+    dilated: bool
 
 
 @dataclasses.dataclass(frozen=True)

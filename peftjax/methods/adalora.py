@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ class AdaLoraConfig(AdapterConfig):
     total_step: int | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
-    rank_pattern: Mapping[str, Sequence[bool] | Sequence[Sequence[bool]]] = FrozenMapping()
+    rank_pattern: Mapping[str, Sequence[Any]] = FrozenMapping()
     init_lora_weights: bool = True
     bias: str = "none"
     fan_in_fan_out: bool = False

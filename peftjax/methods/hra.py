@@ -142,7 +142,7 @@ def hra_orthogonality(adapter: Adapter) -> Float[Array, ""]:
         raise ValueError(f"hra_orthogonality needs an HRA adapter, got one of {type(config)}")
 
     def penalty(params: Arrays, buffers: Arrays) -> Array:
-        v = _reflections(config, params, buffers)
+        v = reflections(config, params, buffers)
         # The diagonal is 1 by construction, and 0 for the padding of a stack.
         return 2 * jnp.sum(jnp.square(jnp.triu(gram(v, v), 1)))
 
@@ -194,7 +194,7 @@ def _orthonormal(u: Array) -> Array:
     return solved.reshape(v.shape)
 
 
-def _reflections(config: HRAConfig, params: Arrays, buffers: Arrays) -> Array:
+def reflections(config: HRAConfig, params: Arrays, buffers: Arrays) -> Array:
     """The unit vectors of the chain, in order, in the dtype sums run in."""
     u = params["hra_u"]
     if "rank_mask" in buffers:
@@ -220,13 +220,13 @@ def _change(v: Array, weight: Weight, undo: bool) -> Factors:
 def _factors(
     config: HRAConfig, params: Arrays, buffers: Arrays, weight: Weight, key: PRNGKeyArray | None
 ) -> Factors:
-    return _change(_reflections(config, params, buffers), weight, undo=False)
+    return _change(reflections(config, params, buffers), weight, undo=False)
 
 
 def _inverse(
     config: HRAConfig, params: Arrays, buffers: Arrays, weight: Weight, key: PRNGKeyArray | None
 ) -> Factors:
-    return _change(_reflections(config, params, buffers), weight, undo=True)
+    return _change(reflections(config, params, buffers), weight, undo=True)
 
 
 HRAConfig.method = Method(

@@ -233,7 +233,7 @@ def _settings(config: LoHaConfig, site: Site, layer: int | None) -> _Settings:
     return _Settings(rank, alpha / rank)
 
 
-def _taps(config: LoHaConfig, spec: WeightSpec) -> tuple[int, ...]:
+def core_taps(config: LoHaConfig, spec: WeightSpec) -> tuple[int, ...]:
     """The shape of a kernel's taps if they get a core of their own; empty otherwise."""
     taps = tuple(spec.in_shape[axis] for axis in spec.taps)
     return taps if config.use_effective_conv2d and math.prod(taps) > 1 else ()
@@ -248,7 +248,7 @@ def _init(
 ) -> Arrays:
     """Uniform factors, as torch would draw them, but for one that is zero."""
     spec, r = weight.spec, settings.rank
-    taps = _taps(config, spec)
+    taps = core_taps(config, spec)
     if taps:
         ins = tuple(n for axis, n in enumerate(spec.in_shape) if axis not in spec.taps)
         # PEFT keeps these factors transposed, and torch takes the second axis for the fan-in.

@@ -24,6 +24,7 @@ class Rule:
         the factors cannot be applied.
       taps: the axes of the weight along which a kernel's taps lie, from the parameters.
       groups: the feature groups of the use, from the parameters.
+      dilated: whether a kernel's taps lie apart, from the parameters.
     """
 
     kind: Kind
@@ -33,6 +34,7 @@ class Rule:
     ]
     taps: Callable[[dict[str, Any]], tuple[int, ...]] = lambda params: ()
     groups: Callable[[dict[str, Any]], int] = lambda params: 1
+    dilated: Callable[[dict[str, Any]], bool] = lambda params: False
 
 
 RULES: dict[str, Rule] = {
@@ -43,6 +45,7 @@ RULES: dict[str, Rule] = {
         conv.linear,
         taps=lambda params: tuple(params["dimension_numbers"].rhs_spec[2:]),
         groups=lambda params: params["feature_group_count"],
+        dilated=lambda params: any(step != 1 for step in params["rhs_dilation"]),
     ),
     "gather": Rule("lookup", lookup.usage, lookup.linear),
     "ragged_dot_general": Rule("dense", ragged.usage, ragged.linear),

@@ -1,0 +1,304 @@
+"""``adapter_config.json``: a config under torch's names, as PEFT writes and reads it."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from peftjax.adapter import Adapter
+from peftjax.config import AdapterConfig, thaw
+from peftjax.interop.modules import Module, leaf_tensors
+from peftjax.interop.names import ModuleNames
+from peftjax.methods import AdaLoraConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig
+from peftjax.methods.adalora import pattern_key
+from peftjax.sites import Leaf, Site, Sites
+from peftjax.targeting import is_within, pattern_value, saved_leaves
+from peftjax.unstacking import Part, Single
+
+PEFT_VERSION = "0.21.2"  # whose files these are
+
+CONFIGS: dict[str, type[AdapterConfig]] = {
+    cls.peft_type: cls for cls in (LoraConfig, AdaLoraConfig, LoHaConfig, HRAConfig, IA3Config)
+}
+
+
+def config_from(data: Any) -> AdapterConfig:
+    """The config that the contents of an ``adapter_config.json`` say, under torch's names.
+
+    Raises:
+      ValueError: it is no config, or of a method that is not known here.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a config is a JSON object, got {type(data).__name__}")
+    method = data.get("peft_type")
+    if not isinstance(method, str) or method not in CONFIGS:
+        known = ", ".join(CONFIGS)
+        raise ValueError(f"`peft_type` is {method!r}; the methods here are {known}")
+    try:
+        return CONFIGS[method].from_dict(data)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def config_to(
+    adapter: Adapter,
+    singles: Mapping[Part, Single],
+    names: ModuleNames,
+    base_model_name_or_path: str | None,
+) -> dict[str, Any]:
+    """The contents of an ``adapter_config.json`` for an adapter, JSON-ready.
+
+    Modules are named in full, so that PEFT adapts exactly those that the adapter does.
+
+    Args:
+      adapter: the adapter.
+      singles: its weights, as torch PEFT has them.
+      names: the rules between the names.
+      base_model_name_or_path: the base model, where the config does not name it.
+    """
+    config = adapter.config
+    torch = {part: names.to_torch(*part) for part in singles}
+    fields = config.to_dict() | {n: thaw(v) for n, v in config.unsupported_fields.items()}
+    fields |= {
+        "peft_version": PEFT_VERSION,
+        "auto_mapping": None,
+        "inference_mode": True,
+        "base_model_name_or_path": base_model_name_or_path or config.base_model_name_or_path,
+        "target_modules": list(torch.values()),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": _modules_to_save(adapter, names) or None,
+    }
+    fields |= _WRITERS[type(config)](config, singles, torch)
+    if "fan_in_fan_out" in fields:
+        fields["fan_in_fan_out"] = all(map(names.keeps_inputs_first, torch.values()))
+    if isinstance(config, IA3Config):
+        del fields["layers_to_transform"], fields["layers_pattern"]
+    if isinstance(config, HRAConfig):
+        del fields["rank_pattern"]
+    return fields
+
+
+def exact(name: str) -> str:
+    """The key of a ``rank_pattern`` or ``alpha_pattern`` that means one module alone."""
+    return "^" + re.escape(name)
+
+
+def _rank(single: Single, name: str) -> int:
+    return single.params[name].shape[-1]
+
+
+def _write_low_rank(
+    config: LoraConfig | LoHaConfig, singles: Mapping[Part, Single], torch: Mapping[Part, str]
+) -> dict[str, Any]:
+    """Ranks and alphas of single modules, so that the scales are those of the arrays."""
+    array, own = (
+        ("lora_A", "lora_alpha") if isinstance(config, LoraConfig) else ("hada_w1_b", "alpha")
+    )
+    default = getattr(config, own)
+    ranks, alphas = {}, {}
+    for part, single in singles.items():
+        rank, key = _rank(single, array), exact(torch[part])
+        layer = part[1][0] if part[1] else None
+        alpha = pattern_value(config.alpha_pattern, single.site, default, layer)
+        root = isinstance(config, LoraConfig) and config.use_rslora
+        divisor = math.sqrt(rank) if root else rank
+        scale = single.buffers["scaling"]
+        if np.asarray(alpha / divisor, scale.dtype) != scale:
+            alpha = float(scale) * divisor
+        if rank != config.r:
+            ranks[key] = rank
+        if alpha != default:
+            alphas[key] = alpha
+    return {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _write_adalora(
+    config: AdaLoraConfig, singles: Mapping[Part, Single], torch: Mapping[Part, str]
+) -> dict[str, Any]:
+    """Which triplets of each module are left; and a number of steps, which PEFT insists on."""
+    patterns: dict[str, list[bool]] | None = None
+    if config.rank_pattern:
+        patterns = {}
+        for part, single in singles.items():
+            kept = _kept(config, single.site, part[1])
+            patterns[f"{torch[part]}.lora_E"] = kept.tolist()
+    steps = config.total_step or config.tinit + config.tfinal + 1
+    return {"rank_pattern": patterns, "total_step": steps}
+
+
+def _kept(config: AdaLoraConfig, site: Site, index: tuple[int, ...]) -> np.ndarray:
+    """Which of the first triplets one weight of a site still has."""
+    own = config.rank_pattern.get(pattern_key(site))
+    if own is None:
+        return np.ones(config.init_r, bool)
+    position = index
+    if index and site.layers is not None:
+        position = (site.layers.index(index[0]), *index[1:])
+    return np.array(own, bool)[position]
+
+
+def _write_hra(
+    config: HRAConfig, singles: Mapping[Part, Single], torch: Mapping[Part, str]
+) -> dict[str, Any]:
+    """All modules have one number of reflections, which are made orthonormal already."""
+    return {"r": _rank(next(iter(singles.values())), "hra_u"), "apply_GS": False}
+
+
+def _write_ia3(
+    config: IA3Config, singles: Mapping[Part, Single], torch: Mapping[Part, str]
+) -> dict[str, Any]:
+    inner = [
+        torch[part]
+        for part, single in singles.items()
+        if max(single.params["ia3_l"].shape[: len(single.spec.in_shape)]) > 1
+    ]
+    return {"feedforward_modules": inner}
+
+
+_WRITERS: dict[type, Callable[[Any, Mapping[Part, Single], Mapping[Part, str]], dict[str, Any]]] = {
+    LoraConfig: _write_low_rank,
+    LoHaConfig: _write_low_rank,
+    AdaLoraConfig: _write_adalora,
+    HRAConfig: _write_hra,
+    IA3Config: _write_ia3,
+}
+
+
+def _modules_to_save(adapter: Adapter, names: ModuleNames) -> list[str]:
+    """Torch's names of the modules to save, one for a whole module where torch has that too."""
+    known = (*adapter.sites.sites, *(leaf.site for leaf in adapter.saved if leaf.site))
+    whole = saved_leaves(adapter.config, Sites(known, adapter.saved))
+    modules = []
+    for tensor in leaf_tensors(whole, known, names):
+        entries = adapter.config.modules_to_save or ()
+        module = tensor.leaf.module
+        container = next((_container(e, module) for e in entries if is_within(e, module)), module)
+        try:
+            named = names.to_torch(container)
+        except ValueError:
+            named = tensor.module
+        modules.append(named if f"{tensor.module}.".startswith(f"{named}.") else tensor.module)
+    return list(dict.fromkeys(modules))
+
+
+def _container(entry: str, module: str) -> str:
+    """The path of the module that an entry names, down from which a module lies."""
+    return module[: f".{module}.".index(f".{entry}.") + len(entry)]
+
+
+def config_here(
+    config: AdapterConfig, chosen: Collection[Module], saved: Iterable[Leaf]
+) -> AdapterConfig:
+    """A config under our names, from one under torch's.
+
+    Args:
+      config: the config as a file says it.
+      chosen: the torch modules that are adapted.
+      saved: the leaves that ``modules_to_save`` means.
+    """
+    stacks: dict[str, list[Module]] = {}
+    for module in chosen:
+        stacks.setdefault(module.site.name, []).append(module)
+    targets = [name for members in stacks.values() for name in _named(members)]
+    modules = dict.fromkeys(leaf.site.name if leaf.site else leaf.module for leaf in saved)
+    changes: dict[str, Any] = {
+        "target_modules": targets,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": list(modules) or None,
+    }
+    reader = _READERS.get(type(config))
+    return dataclasses.replace(config, **changes, **(reader(config, stacks) if reader else {}))
+
+
+Stacks = Mapping[str, list[Module]]
+
+
+def _named(members: list[Module]) -> list[str]:
+    """The name of a site, or those of some of its layers."""
+    site = members[0].site
+    layers = sorted({member.index[0] for member in members if member.index})
+    whole = not layers or len(layers) == site.full_stack_shape[0]
+    return [site.name] if whole else [f"{site.name}.{layer}" for layer in layers]
+
+
+def _read_low_rank(config: Any, stacks: Stacks) -> dict[str, Any]:
+    alpha = "lora_alpha" if isinstance(config, LoraConfig) else "alpha"
+    return {
+        field: _by_module(getattr(config, field), getattr(config, default), stacks)
+        for field, default in (("rank_pattern", "r"), ("alpha_pattern", alpha))
+    }
+
+
+def _by_module(pattern: Mapping[str, Any], default: Any, stacks: Stacks) -> dict[str, Any]:
+    """A pattern of torch's names as one of ours, with one key for each module that has a value."""
+    own = {}
+    for name, members in stacks.items():
+        values = {m.index: pattern_value(pattern, under_torch_name(m), default) for m in members}
+        if len(set(values.values())) == 1:
+            values = {(): next(iter(values.values()))}
+        for index, value in values.items():
+            if value != default:
+                own[exact(f"{name}.{index[0]}" if index else name)] = value
+    return own
+
+
+def under_torch_name(module: Module) -> Site:
+    """A site as a model has it whose layers are modules of their own, by torch's name."""
+    return dataclasses.replace(module.site, name=module.name, stack_axes=(), layers=None)
+
+
+def _read_adalora(config: AdaLoraConfig, stacks: Stacks) -> dict[str, Any]:
+    if not config.rank_pattern:
+        return {}
+    pattern: dict[str, Any] = {}
+    for name, members in stacks.items():
+        every = [True] * config.init_r
+        kept = {m.index: config.rank_pattern.get(f"{m.name}.lora_E", every) for m in members}
+        for member in members:
+            own = kept[member.index]
+            if len(own) != config.init_r or not all(isinstance(each, bool) for each in own):
+                raise ValueError(
+                    f"`rank_pattern` of {member.name!r} has to be a list of {config.init_r} "
+                    f"booleans, one for each of the `init_r` triplets"
+                )
+        stack = tuple(len({index[axis] for index in kept}) for axis in range(len(members[0].index)))
+        rows = np.array([kept[index] for index in sorted(kept)], bool)
+        pattern[f"{name}.lora_E"] = rows.reshape(*stack, config.init_r).tolist()
+    return {"rank_pattern": pattern}
+
+
+def _read_ia3(config: IA3Config, stacks: Stacks) -> dict[str, Any]:
+    inner = config.feedforward_modules
+    if inner is None:
+        raise ValueError("`feedforward_modules` is missing: PEFT writes it in every file of IA3")
+    feedforward = []
+    for name, members in stacks.items():
+        # PEFT's own rule, which does not ask where in a name a match begins.
+        flags = {
+            bool(re.fullmatch(inner, member.name))
+            if isinstance(inner, str)
+            else member.name.endswith(tuple(inner))
+            for member in members
+        }
+        if len(flags) > 1:
+            raise ValueError(
+                f"`feedforward_modules` names some of the layers that are stacked in {name!r}, "
+                f"whose scales would differ in shape"
+            )
+        feedforward += _named(members) if flags == {True} else []
+    return {"feedforward_modules": feedforward}
+
+
+_READERS: dict[type, Callable[[Any, Stacks], dict[str, Any]]] = {
+    LoraConfig: _read_low_rank,
+    LoHaConfig: _read_low_rank,
+    AdaLoraConfig: _read_adalora,
+    IA3Config: _read_ia3,
+}

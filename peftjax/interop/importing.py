@@ -1,0 +1,369 @@
+"""Torch PEFT's tensors and config as an adapter, or one error that lists all that is wrong."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from peftjax.adapter import Adapter, check_leaves
+from peftjax.config import AdapterConfig
+from peftjax.factors import Weight, WeightSpec
+from peftjax.interop.configs import config_here, under_torch_name
+from peftjax.interop.exporting import PREFIX
+from peftjax.interop.layouts import Layout, layouts, unsupported
+from peftjax.interop.modules import LeafTensor, Module, leaf_tensors, nearest, torch_modules
+from peftjax.interop.names import ModuleNames
+from peftjax.methods import HRAConfig, LoraConfig
+from peftjax.sites import Leaf, Site, Sites
+from peftjax.targeting import bias_leaves, is_within, targeted
+from peftjax.trees import leaf_paths
+from peftjax.unstacking import Part, restack
+
+_MOST = 12  # problems shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor that is not read yet.
+
+    Attributes:
+      shape: its shape.
+      dtype: its dtype, by its NumPy name.
+      read: reads it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a tensor belongs in an adapter: which array of which weight."""
+
+    module: Module
+    name: str
+    layout: Layout
+
+
+def refuse(what: str, problems: Iterable[str], remedy: str) -> None:
+    """Raises a ValueError that lists the problems, if there are any."""
+    problems = list(dict.fromkeys(problems))
+    if problems:
+        more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
+        listed = "\n  ".join([*problems[:_MOST], *more])
+        raise ValueError(f"{what}; {remedy}:\n  {listed}")
+
+
+def read_adapter(
+    config: AdapterConfig,
+    stored: Mapping[str, Stored],
+    sites: Sites,
+    params: Any,
+    names: ModuleNames | None,
+    foreign: bool = False,
+) -> Adapter:
+    """The adapter that a config and tensors of torch PEFT's are.
+
+    Args:
+      config: the config, under torch's names.
+      stored: the tensors by key.
+      sites: what ``find_sites`` found.
+      params: the base's params, or None.
+      names: the rules between the names.
+      foreign: whether the file says that torch PEFT cannot run it, so that peftjax wrote it.
+
+    Raises:
+      ValueError: something does not fit; all of it is listed.
+    """
+    model = _Model(config, sites, names or ModuleNames())
+    found = _without_prefix(stored)
+    config = _as_loaded(config, params)
+    slots = {key: model.slots[key] for key in found if key in model.slots}
+    chosen = {
+        m.name: m
+        for m in model.modules.values()
+        if m.name in {s.module.name for s in slots.values()}
+    }
+    problems = [*_unknown(model, found), *_left_out(model, config, chosen)]
+    if not foreign:
+        problems += [
+            f"{m.name}: it {reason}"
+            for m in chosen.values()
+            if (reason := unsupported(config, m.site, m.spec, m.inputs_first))
+        ]
+
+    here, selected = config, Sites(())
+    shapes: dict[str, tuple[int, ...]] = {}
+    tensors: dict[Leaf, list[LeafTensor]] = {}
+    if chosen:
+        saved = [t for t in model.tensors if _saves(config, t)]
+        here = config_here(config, chosen.values(), dict.fromkeys(t.leaf for t in saved))
+        shapes, wrong = _expected(here, slots, chosen, found)
+        problems += wrong
+        selected = _selected(chosen.values())
+        tensors, wrong = _whole(model, here, selected, saved, chosen, found, params)
+        problems += wrong
+    what = f"this {type(config).__name__.removesuffix('Config')} adapter does not fit the model"
+    refuse(what, problems, "load it for the model it was made for, or mend names=")
+
+    base = None if params is None else leaf_paths(params)
+    if base is not None:
+        check_leaves(base, selected, tuple(tensors))
+    arrays: dict[Part, dict[str, np.ndarray]] = {}
+    for key, slot in slots.items():
+        shape = shapes[key]
+        tensor = slot.layout.back(found[key].read(), slot.module.spec, shape)
+        if isinstance(config, HRAConfig) and config.apply_GS:
+            tensor = _orthonormal(slot.module.name, tensor)
+        arrays.setdefault(slot.module.part, {})[slot.name] = tensor
+    whole = {leaf: _filled(leaf, own, found, base) for leaf, own in tensors.items()}
+    return restack(here, selected, arrays, saved=whole, leaves=base)
+
+
+class _Model:
+    """What a model can be given: by torch's keys, the slots of its modules and whole arrays.
+
+    Attributes:
+      modules: the torch modules of its sites.
+      unnamed: why some sites have no torch name.
+      slots: for every tensor that the method may have, where it belongs.
+      tensors: the tensors that whole arrays are.
+      by_key: these by key, as in a plain model and in one that PEFT has wrapped.
+    """
+
+    def __init__(self, config: AdapterConfig, sites: Sites, names: ModuleNames) -> None:
+        self.sites = sites
+        self.unnamed: list[str] = []
+        self.modules = torch_modules(sites, names, self.unnamed)
+        self.slots = {
+            f"{module.name}.{layout.suffix}": Slot(module, name, layout)
+            for module in self.modules.values()
+            for name, layout in layouts(config, module.spec).items()
+        }
+        self.tensors = list(leaf_tensors(sites.leaves, sites.sites, names, self.unnamed))
+        self.by_key = {tensor.key: tensor for tensor in self.tensors}
+        self.by_key |= {tensor.wrapped_key: tensor for tensor in self.tensors}
+
+
+def _without_prefix(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The tensors by the names that they have inside the model."""
+    found = {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
+    if len(found) < len(stored):
+        twice = next(
+            key for key in stored if key.startswith(PREFIX) and key[len(PREFIX) :] in stored
+        )
+        raise ValueError(f"the tensor {twice!r} is there twice, with and without {PREFIX!r}")
+    return found
+
+
+def _as_loaded(config: AdapterConfig, params: Any) -> AdapterConfig:
+    """The config with a start that can be found again: files hold no initial factors."""
+    if not config.method.buffers_read_weight(config):
+        return config
+    assert isinstance(config, LoraConfig)
+    if params is None:
+        raise ValueError(
+            f"the adapter started with `init_lora_weights` = {config.init_lora_weights!r}, out of "
+            f"the weights themselves, and its file holds only what became of that: pass params"
+        )
+    # Which directions a randomised SVD found is not written either; the exact one is its limit.
+    if str(config.init_lora_weights).startswith("pissa"):
+        return dataclasses.replace(config, init_lora_weights="pissa")
+    return config
+
+
+def _unknown(model: _Model, found: Mapping[str, Stored]) -> list[str]:
+    """Tensors that belong to nothing in the model, by module."""
+    suffixes = {slot.layout.suffix for slot in model.slots.values()} | {"weight", "bias"}
+    problems = []
+    for key in found:
+        if key in model.slots or key in model.by_key:
+            continue
+        ends = sorted((s for s in suffixes if key.endswith(f".{s}")), key=len)
+        module = key.removesuffix(f".{ends[-1]}") if ends else key
+        if module in model.modules:
+            problems.append(f"{key}: no tensor of this method for such a module")
+        elif model.modules:
+            problems.append(f"{module}: there is no such module; {nearest(module, model.modules)}")
+        else:
+            problems.append(f"{module}: there is no such module")
+    return [*problems, *model.unnamed] if problems else []
+
+
+def _left_out(model: _Model, config: AdapterConfig, chosen: Mapping[str, Module]) -> list[str]:
+    """Modules that the config adapts and the file has nothing of."""
+    view = Sites(tuple(under_torch_name(module) for module in model.modules.values()))
+    meant = [site.name for site in targeted(config, view)]
+    if not chosen and not meant:
+        return ["no tensor is one of this method for a module of the model"]
+    return [
+        f"{name}: `target_modules` names it, but no tensor is there for it"
+        for name in meant
+        if name not in chosen
+    ]
+
+
+def _selected(chosen: Iterable[Module]) -> Sites:
+    """The sites that are adapted, with the layers that are."""
+    layers: dict[str, set[int]] = {}
+    sites: dict[str, Site] = {}
+    for module in chosen:
+        sites[module.site.name] = module.site
+        layers.setdefault(module.site.name, set()).update(module.index[:1])
+    selected = []
+    for name, site in sites.items():
+        own = tuple(sorted(layers[name]))
+        whole = not own or len(own) == site.full_stack_shape[0]
+        selected.append(site if whole else dataclasses.replace(site, layers=own))
+    return Sites(tuple(selected))
+
+
+def _expected(
+    config: AdapterConfig,
+    slots: Mapping[str, Slot],
+    chosen: Mapping[str, Module],
+    found: Mapping[str, Stored],
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """For each tensor the shape of our array, and what is wrong with the tensors."""
+    largest = max((size for tensor in found.values() for size in tensor.shape), default=0)
+    shapes: dict[str, tuple[int, ...]] = {}
+    problems = []
+    for module in chosen.values():
+        layer = module.index[0] if module.index else None
+        try:
+            settings: Any = config.method.settings(config, module.site, layer)
+            # Nothing as large as a mistaken rank is ever made.
+            rank = getattr(settings, "rank", settings)
+            if rank > largest:
+                raise ValueError(f"no tensor is large enough for its rank of {rank}")
+            own = _shapes(config, settings, module.spec)
+        except ValueError as error:
+            problems.append(f"{module.name}: {error}")
+            continue
+        dummies = {name: np.broadcast_to(np.zeros((), bool), shape) for name, shape in own.items()}
+        for name, layout in layouts(config, module.spec).items():
+            key = f"{module.name}.{layout.suffix}"
+            if name not in own:
+                if key in found:
+                    problems.append(f"{key}: the config says that there is none")
+                continue
+            if key not in found:
+                problems.append(f"{key}: it is missing")
+                continue
+            shapes[key] = own[name]
+            wanted = layout.there(dummies[name], module.spec).shape
+            problems += _misfits(key, found[key], wanted)
+    return shapes, problems
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(config: AdapterConfig, settings: Any, spec: WeightSpec) -> dict[str, tuple[int, ...]]:
+    """The shapes of a method's arrays for one weight."""
+    method, ins = config.method, len(spec.in_shape)
+    base = jax.ShapeDtypeStruct((*spec.in_shape, *spec.out_shape), spec.dtype)
+
+    def init(key: jax.Array, base: jax.Array) -> dict[str, jax.Array]:
+        axes = tuple(range(base.ndim))
+        weight = Weight(spec=spec, base=base, in_axes=axes[:ins], out_axes=axes[ins:])
+        buffers = method.buffers(key, config, settings, weight)
+        return method.init(key, config, settings, weight, buffers)
+
+    return {name: x.shape for name, x in jax.eval_shape(init, jax.random.key(0), base).items()}
+
+
+def _misfits(key: str, tensor: Stored, wanted: tuple[int, ...]) -> list[str]:
+    problems = []
+    if tensor.shape != wanted:
+        problems.append(f"{key}: shape {tensor.shape} instead of {wanted}")
+    if tensor.dtype not in ("float16", "bfloat16", "float32", "float64"):
+        problems.append(f"{key}: {tensor.dtype} is no dtype of an adapter")
+    return problems
+
+
+def _saves(config: AdapterConfig, tensor: LeafTensor) -> bool:
+    return any(is_within(entry, tensor.module) for entry in config.modules_to_save or ())
+
+
+def _whole(
+    model: _Model,
+    config: AdapterConfig,
+    selected: Sites,
+    saved: Iterable[LeafTensor],
+    chosen: Mapping[str, Module],
+    found: Mapping[str, Stored],
+    params: Any,
+) -> tuple[dict[Leaf, list[LeafTensor]], list[str]]:
+    """The whole arrays that the file has, each with all its tensors, and what is wrong."""
+    parts = {module.part for module in chosen.values()}
+    bias = getattr(config, "bias", "none")
+    biases = {leaf.path for leaf in bias_leaves(bias, model.sites, selected)}
+    needed = {tensor.key for tensor in saved} | {
+        tensor.key
+        for tensor in model.tensors
+        if tensor.leaf.path in biases and (bias == "all" or tensor.part in parts)
+    }
+    there: dict[Leaf, list[LeafTensor]] = {}
+    problems = []
+    for tensor in model.tensors:
+        key = _key(tensor, found)
+        if key is not None and not _is_rest(config, tensor, parts):
+            there.setdefault(tensor.leaf, [])
+            problems += _misfits(key, found[key], tensor.shape)
+        elif tensor.key in needed:
+            wrapped = tensor.part in parts
+            problems.append(f"{tensor.wrapped_key if wrapped else tensor.key}: it is missing")
+    for tensor in model.tensors:
+        if tensor.leaf in there:
+            there[tensor.leaf].append(tensor)
+            if _key(tensor, found) is None and params is None and tensor.key not in needed:
+                problems.append(
+                    f"{tensor.key}: the file has other layers of {tensor.leaf.path} alone: pass "
+                    f"params, for the rest"
+                )
+    return there, problems
+
+
+def _is_rest(config: AdapterConfig, tensor: LeafTensor, parts: Container[Part]) -> bool:
+    """Whether a tensor is what a start taken out of a weight left of it, which params tell too.
+
+    PEFT writes the weight of an adapted embedding or output head along with its adapter.
+    """
+    weight = tensor.leaf.site is not None and tensor.part in parts
+    return weight and config.method.buffers_read_weight(config)
+
+
+def _key(tensor: LeafTensor, found: Mapping[str, Stored]) -> str | None:
+    """The key that a tensor has in a file, if it is there."""
+    return next((key for key in (tensor.wrapped_key, tensor.key) if key in found), None)
+
+
+def _filled(
+    leaf: Leaf,
+    tensors: Iterable[LeafTensor],
+    found: Mapping[str, Stored],
+    base: Mapping[str, Any] | None,
+) -> np.ndarray:
+    """A whole array out of its tensors, and out of the base where there are none."""
+    read = {tensor: found[key].read() for tensor in tensors if (key := _key(tensor, found))}
+    dtype = np.result_type(*(each.dtype for each in read.values()))
+    array = np.empty(leaf.shape, dtype) if base is None else np.array(base[leaf.path], dtype)
+    for tensor, value in read.items():
+        tensor.put(array, value)
+    return array
+
+
+def _orthonormal(name: str, u: np.ndarray) -> np.ndarray:
+    """The columns as PEFT's Gram-Schmidt leaves them, but for signs, which do not matter."""
+    columns = u.reshape(-1, u.shape[-1]).astype(np.float64)
+    lengths = np.linalg.norm(columns, axis=0)
+    q, r = np.linalg.qr(columns / np.where(lengths > 0, lengths, 1))
+    if q.shape != columns.shape or np.abs(np.diagonal(r)).min(initial=1) < 1e-4:
+        raise ValueError(
+            f"{name}: `apply_GS` makes the columns of hra_u orthonormal, but they depend on each "
+            f"other, so that PEFT's own result is rounding noise: this adapter is not trained"
+        )
+    return q.reshape(u.shape).astype(u.dtype)

@@ -1,0 +1,173 @@
+"""PEFT's low-level API on plain values: inject an adapter, get and set its state dict."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from peftjax.adapt import adapt
+from peftjax.adapter import Adapter, init_adapter
+from peftjax.config import AdapterConfig
+from peftjax.interop.exporting import PREFIX, export, usual_scale
+from peftjax.interop.importing import refuse
+from peftjax.interop.layouts import layouts
+from peftjax.interop.modules import leaf_tensors
+from peftjax.interop.names import ModuleNames
+from peftjax.methods import AdaLoraConfig, HRAConfig
+from peftjax.sites import find_sites
+from peftjax.unstacking import Part, refill, unstack
+
+
+def inject_adapter_in_model(
+    config: AdapterConfig,
+    apply_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    key: PRNGKeyArray,
+    **kwargs: Any,
+) -> tuple[Callable[..., Any], Adapter]:
+    """Finds the sites of a model, makes an adapter for them and adapts the model, all in one.
+
+    Args:
+      config: the config, such as a ``LoraConfig``.
+      apply_fn: a pure function of a params tree and whatever else.
+      params: the params tree, which is left as it is.
+      *args: further arguments of ``apply_fn``, or ShapeDtypeStructs of their shapes.
+      key: a PRNG key for the adapter's arrays.
+      **kwargs: as ``args``.
+
+    Returns:
+      The adapted function of ``(params, adapter, *args, **kwargs)``, and the adapter.
+
+    Raises:
+      NoMatchingModuleError: a target is not there.
+      ValueError: the config cannot be used on the model.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"]
+      >>> params, x = {"dense": {"kernel": jnp.ones((4, 3))}}, jnp.ones((2, 4))
+      >>> config = peftjax.LoraConfig(r=2, target_modules=["dense"])
+      >>> adapted, adapter = peftjax.inject_adapter_in_model(
+      ...     config, apply_fn, params, x, key=jax.random.key(0)
+      ... )
+      >>> adapted(params, adapter, x).shape
+      (2, 3)
+    """
+    sites = find_sites(apply_fn, params, *args, **kwargs)
+    return adapt(apply_fn), init_adapter(key, config, sites, params)
+
+
+def get_peft_model_state_dict(
+    adapter: Adapter, names: ModuleNames | None = None
+) -> dict[str, np.ndarray]:
+    """The trainable arrays of an adapter under PEFT's keys and in PEFT's layouts, as in its files.
+
+    Scales are no part of it: like PEFT's they follow from the config, which ``save_pretrained``
+    writes beside it.
+
+    Args:
+      adapter: the adapter.
+      names: the rules between the model's names and torch's; None if they are the same.
+
+    Returns:
+      The tensors by key, each beginning with ``base_model.model.``, in host memory.
+
+    Raises:
+      ValueError: a module has no torch name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, peftjax
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"]
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+      >>> sites = peftjax.find_sites(apply_fn, params, jnp.ones((2, 4)))
+      >>> config = peftjax.LoraConfig(r=2, target_modules=["dense"])
+      >>> adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
+      >>> state_dict = peftjax.get_peft_model_state_dict(adapter)
+      >>> state_dict["base_model.model.dense.lora_A.weight"].shape
+      (2, 4)
+      >>> adapter = peftjax.set_peft_model_state_dict(adapter, state_dict)
+    """
+    return export(adapter, names).tensors
+
+
+def set_peft_model_state_dict(
+    adapter: Adapter,
+    state_dict: Mapping[str, Any],
+    names: ModuleNames | None = None,
+    *,
+    strict: bool = True,
+) -> Adapter:
+    """An adapter with the arrays of a state dict in PEFT's keys and layouts.
+
+    Args:
+      adapter: an adapter of the same config for the same model.
+      state_dict: the tensors by key, with or without ``base_model.model.`` in front.
+      names: the rules between the model's names and torch's; None if they are the same.
+      strict: raise for tensors that the state dict lacks; otherwise the adapter keeps its own.
+
+    Returns:
+      The adapter with other ``params``; dtypes and devices stay as they are.
+
+    Raises:
+      ValueError: keys that do not belong here, shapes that do not fit, and missing keys, all of
+        them listed; or an HRA adapter whose state dict is no longer its own arrays.
+
+    Example:
+      See ``get_peft_model_state_dict``.
+    """
+    names = names or ModuleNames()
+    config = adapter.config
+    if isinstance(config, HRAConfig) and (config.apply_GS or config.rank_pattern):
+        raise ValueError(
+            "PEFT's HRA has neither orthonormal halves nor ranks of single modules, so this "
+            "adapter's state dict is not its arrays: use save_pretrained and load_pretrained"
+        )
+    given = {key.removeprefix(PREFIX): np.asarray(value) for key, value in state_dict.items()}
+    wanted: dict[str, tuple[int, ...]] = {}
+    params: dict[Part, dict[str, np.ndarray]] = {}
+    singles = unstack(adapter)
+    for part, single in singles.items():
+        for name, layout in layouts(config, single.spec).items():
+            if name not in single.params:
+                continue
+            own, key = single.params[name], f"{names.to_torch(*part)}.{layout.suffix}"
+            wanted[key] = layout.there(own, single.spec).shape
+            if key in given and given[key].shape == wanted[key]:
+                array = layout.back(given[key], single.spec, own.shape).astype(own.dtype)
+                if isinstance(config, AdaLoraConfig) and name == "lora_E":
+                    scale = single.buffers["scaling"]
+                    array = array * (usual_scale(config, scale.dtype) / scale)
+                params.setdefault(part, {})[name] = array
+
+    known = (*adapter.sites.sites, *(leaf.site for leaf in adapter.saved if leaf.site))
+    whole = {leaf: np.array(adapter.params[leaf.module][leaf.leaf_name]) for leaf in adapter.saved}
+    for tensor in leaf_tensors(adapter.saved, known, names):
+        key = tensor.wrapped_key if tensor.part in singles else tensor.key
+        wanted[key] = tensor.shape
+        if key in given and given[key].shape == wanted[key]:
+            path = next(leaf for leaf in whole if leaf.path == tensor.leaf.path)
+            tensor.put(whole[path], given[key])
+
+    problems = [
+        f"{key}: there is no such tensor in the adapter" for key in given if key not in wanted
+    ]
+    problems += [
+        f"{key}: shape {given[key].shape} instead of {shape}"
+        for key, shape in wanted.items()
+        if key in given and given[key].shape != shape
+    ]
+    problems += [f"{key}: it is missing" for key in wanted if strict and key not in given]
+    refuse(
+        "this state dict does not fit the adapter",
+        problems,
+        "pass one of the same config and model, or mend names=",
+    )
+    adapter = refill(adapter, params)
+    trainable = dict(adapter.params)
+    for leaf, array in whole.items():
+        trainable[leaf.module] = {**trainable[leaf.module], leaf.leaf_name: jnp.asarray(array)}
+    return dataclasses.replace(adapter, params=trainable)

@@ -1,0 +1,185 @@
+"""Adapters in Hugging Face PEFT's two files, a config and tensors in the safetensors format."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from peftjax.adapter import Adapter
+from peftjax.interop.configs import config_from
+from peftjax.interop.exporting import export
+from peftjax.interop.importing import Stored, read_adapter, refuse
+from peftjax.interop.names import ModuleNames
+from peftjax.sites import Sites
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+
+# The header of a file says that PEFT cannot run it; no other program asks.
+_FOREIGN = {"peftjax": "not for torch PEFT"}
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+def save_pretrained(
+    directory: str | Path,
+    adapter: Adapter,
+    *,
+    names: ModuleNames | None = None,
+    base_model_name_or_path: str | None = None,
+    allow_foreign: bool = False,
+) -> Path:
+    """Writes an adapter as Hugging Face PEFT writes it, so that torch PEFT reads it.
+
+    The config names every adapted module in full, the layers of a stack one by one. What PEFT has
+    no word for is written so that it computes the same: scales that were changed become alphas,
+    shorter chains of HRA are continued with pairs of reflections that cancel, and those made
+    orthonormal (``apply_GS``) are written as they are. PiSSA and OLoRA are written as PEFT writes
+    them, to be subtracted again from the base when they are read; ``convert_to_lora`` first makes
+    them plain LoRA of twice the rank. The start of ``pissa_niter_N`` is drawn anew by whoever reads
+    it, so that one had better be converted.
+
+    Args:
+      directory: where to write; made if it does not exist. Files of those names are replaced.
+      adapter: the adapter.
+      names: the rules between the model's names and those of its torch twin, such as
+        ``module_names("llama")``; None if they are the same.
+      base_model_name_or_path: the base model, by which PEFT loads it; by default what the config
+        says.
+      allow_foreign: write modules too that torch PEFT cannot run with this method; peftjax reads
+        them back.
+
+    Returns:
+      The directory, absolute.
+
+    Raises:
+      ValueError: a module has no torch name, or torch PEFT cannot run the method on it; nothing is
+        written then.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, json, peftjax, pathlib, tempfile
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"]
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+      >>> sites = peftjax.find_sites(apply_fn, params, jnp.ones((2, 4)))
+      >>> config = peftjax.LoraConfig(r=2, lora_alpha=6, target_modules=["dense"])
+      >>> adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
+      >>> directory = peftjax.save_pretrained(pathlib.Path(tempfile.mkdtemp()), adapter)
+      >>> sorted(path.name for path in directory.iterdir())
+      ['adapter_config.json', 'adapter_model.safetensors']
+      >>> again = peftjax.load_pretrained(directory, sites)
+      >>> bool((again.params["dense"]["lora_A"] == adapter.params["dense"]["lora_A"]).all())
+      True
+    """
+    written = export(adapter, names, base_model_name_or_path)
+    if not allow_foreign:
+        refuse(
+            "torch PEFT cannot run this adapter",
+            [f"{module}: it {reason}" for module, reason in written.foreign.items()],
+            "leave these modules out, or write it for peftjax alone with allow_foreign=True",
+        )
+    directory = Path(directory).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(written.config, indent=2, sort_keys=True) + "\n"
+    metadata = {"format": "pt", **(_FOREIGN if written.foreign else {})}
+    # Complete under another name first: who is interrupted still has the old files.
+    new_tensors, new_config = (directory / f".{name}.new" for name in (TENSORS, CONFIG))
+    save_file(written.tensors, new_tensors, metadata)
+    new_config.write_text(text, encoding="utf-8")
+    os.replace(new_tensors, directory / TENSORS)
+    os.replace(new_config, directory / CONFIG)
+    return directory
+
+
+def load_pretrained(
+    directory: str | Path,
+    sites: Sites,
+    params: Any = None,
+    *,
+    names: ModuleNames | None = None,
+) -> Adapter:
+    """Reads an adapter that torch PEFT or ``save_pretrained`` wrote.
+
+    The tensors are read one by one, after everything about them was checked. Their dtype is kept;
+    PEFT makes half precision float32 for training. The config comes back under the names of this
+    model, its modules named in full.
+
+    Args:
+      directory: a local directory with PEFT's two files.
+      sites: what ``find_sites`` found in the model.
+      params: the base's params. Needed by PiSSA and OLoRA, whose files do not hold the start that
+        is subtracted, and where a file holds some layers alone of a stacked array that is trained
+        whole; otherwise only checked.
+      names: the rules between the model's names and torch's; None if they are the same.
+
+    Returns:
+      The adapter, without dropout until it is given a key.
+
+    Raises:
+      FileNotFoundError: one of the two files is not there.
+      ValueError: a file is broken, of an unknown method or of another model; all that does not fit
+        is listed, and nothing was read.
+
+    Example:
+      See ``save_pretrained``.
+    """
+    directory = Path(directory)
+    _check_files(directory)
+    with _opened(directory / TENSORS) as file:
+        data = _json(directory / CONFIG)
+        try:
+            config = config_from(data)
+        except ValueError as error:
+            raise ValueError(f"{directory / CONFIG}: {error}") from error
+        stored = {key: _stored(file, key) for key in file.keys()}  # noqa: SIM118
+        foreign = _FOREIGN.items() <= (file.metadata() or {}).items()
+        try:
+            return read_adapter(config, stored, sites, params, names, foreign)
+        except ValueError as error:
+            raise ValueError(f"{directory}: {error}") from error
+
+
+def _check_files(directory: Path) -> None:
+    """Raises unless both files are there, and says why a pickled one does not do."""
+    if not (directory / TENSORS).is_file() and (directory / PICKLED).is_file():
+        raise ValueError(
+            f"{directory / PICKLED} is a pickle, which runs whatever code it holds when it is "
+            f"read: have torch write {TENSORS}, with safe_serialization=True"
+        )
+    for name in (CONFIG, TENSORS):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(
+                f"there is no {name} in {directory}: PEFT's save_pretrained and peftjax's write it"
+            )
+
+
+def _opened(path: Path) -> Any:
+    """The file, to be read tensor by tensor."""
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def _stored(file: Any, key: str) -> Stored:
+    part = file.get_slice(key)
+    dtype = part.get_dtype()
+    name = _DTYPES[dtype].name if dtype in _DTYPES else dtype
+    return Stored(tuple(part.get_shape()), name, lambda: file.get_tensor(key))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
