@@ -1,6 +1,8 @@
 """Adapters on disk through Orbax: the adapter's arrays alone, never the model's."""
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,16 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from peftjax.adapter import Adapter
+from peftjax.methods import config_from
+from peftjax.sites import Leaf, Site, Sites
 
 _ARRAYS = "arrays"
 _CONFIG = "adapter_config.json"
+_STRUCTURE = "adapter_structure.json"
 
 
 def save_adapter(directory: str | Path, adapter: Adapter) -> Path:
-    """Writes an adapter's params and buffers, and its config as JSON beside them.
+    """Writes an adapter's params and buffers, and as JSON beside them its config and its sites.
 
     An adapter saved in the same directory before is replaced; other files there are left alone.
 
@@ -30,20 +35,22 @@ def save_adapter(directory: str | Path, adapter: Adapter) -> Path:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / _ARRAYS, _arrays(adapter), force=True)
         checkpointer.wait_until_finished()
-    to_dict = getattr(adapter.config, "to_dict", None)
-    if to_dict is not None and jax.process_index() == 0:
-        text = json.dumps(to_dict(), indent=2, sort_keys=True)
-        (directory / _CONFIG).write_text(text + "\n", encoding="utf-8")
+    if jax.process_index() == 0:
+        for name, data in ((_CONFIG, adapter.config.to_dict()), (_STRUCTURE, _structure(adapter))):
+            text = json.dumps(data, indent=2, sort_keys=True)
+            (directory / name).write_text(text + "\n", encoding="utf-8")
     return directory
 
 
-def restore_adapter(directory: str | Path, like: Adapter) -> Adapter:
+def restore_adapter(directory: str | Path, like: Adapter | None = None) -> Adapter:
     """Reads an adapter that ``save_adapter`` wrote.
 
     Args:
       directory: where it was written.
       like: an adapter of the same config for the same model. Its arrays say what to expect and
-        may be ``jax.ShapeDtypeStruct``s; where they carry a sharding, the result has it too.
+        may be ``jax.ShapeDtypeStruct``s; where they carry a sharding, the result has it too. None
+        takes the adapter as it was written, on the first device: whether it fits a model shows
+        when it is used.
 
     Returns:
       ``like`` with the arrays from disk.
@@ -55,6 +62,8 @@ def restore_adapter(directory: str | Path, like: Adapter) -> Adapter:
     directory = Path(directory).absolute()
     if not (directory / _ARRAYS).is_dir():
         raise FileNotFoundError(f"no adapter in {directory}; save_adapter writes one")
+    if like is None:
+        like = _as_written(directory)
     wanted = jax.tree.map(_abstract, _arrays(like))
     with ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.metadata(directory / _ARRAYS).item_metadata.tree
@@ -64,6 +73,77 @@ def restore_adapter(directory: str | Path, like: Adapter) -> Adapter:
         params=_refilled(like.params, arrays["params"]),
         buffers=_refilled(like.buffers, arrays["buffers"]),
     )
+
+
+def _structure(adapter: Adapter) -> dict[str, Any]:
+    """All of an adapter but its config and the values of its arrays, JSON-ready."""
+
+    def shapes(arrays: dict[str, Any]) -> dict[str, Any]:
+        return {
+            module: {n: {"shape": x.shape, "dtype": x.dtype.name} for n, x in own.items()}
+            for module, own in arrays.items()
+        }
+
+    return {
+        "sites": [_record(site) for site in adapter.sites.values()],
+        "saved": [_record(leaf) for leaf in adapter.saved],
+        "params": shapes(adapter.params),
+        "buffers": shapes(adapter.buffers),
+    }
+
+
+def _record(of: Site | Leaf) -> dict[str, Any]:
+    """A site or a leaf as JSON has it."""
+    fields = {field.name: getattr(of, field.name) for field in dataclasses.fields(of)}
+    fields["dtype"] = of.dtype.name
+    if isinstance(of, Leaf):
+        fields["site"] = None if of.site is None else _record(of.site)
+    return fields
+
+
+def _as_written(directory: Path) -> Adapter:
+    """An adapter in the structure that was saved, with the shapes of its arrays alone."""
+    try:
+        config, structure = (
+            json.loads((directory / name).read_text(encoding="utf-8"))
+            for name in (_CONFIG, _STRUCTURE)
+        )
+        sites = Sites(tuple(_site(record) for record in structure["sites"]))
+        saved = tuple(
+            Leaf(
+                **{
+                    **_values(record),
+                    "site": None if record["site"] is None else _site(record["site"]),
+                }
+            )
+            for record in structure["saved"]
+        )
+        arrays = {
+            part: {
+                module: {
+                    name: jax.ShapeDtypeStruct(x["shape"], jnp.dtype(x["dtype"]))
+                    for name, x in own.items()
+                }
+                for module, own in structure[part].items()
+            }
+            for part in ("params", "buffers")
+        }
+        return Adapter(**arrays, key=None, config=config_from(config), sites=sites, saved=saved)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{directory} does not say what its adapter is ({type(error).__name__}: {error}): "
+            f"restore it into one that init_adapter made, with like="
+        ) from error
+
+
+def _site(record: Mapping[str, Any]) -> Site:
+    return Site(**_values(record))
+
+
+def _values(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record as they were: JSON has lists for tuples."""
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items()}
+    return values | {"dtype": jnp.dtype(record["dtype"])}
 
 
 def _arrays(adapter: Adapter) -> dict[str, Any]:

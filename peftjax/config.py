@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-import math
 import re
+import sys
 import types
 import typing
 import warnings
@@ -290,9 +290,11 @@ def check_biases(bias: str, own: str) -> None:
 
 def check_regex(field: str, pattern: str) -> None:
     """Raises a ValueError that names the field if the pattern is no regular expression."""
+    # A part of a larger expression cannot say everything that a whole one can.
+    is_part = field.endswith("_pattern")
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.compile(f"({pattern})(?P<index>)" if is_part else pattern)
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"`{field}` holds {pattern!r}, which is no valid regular expression: {error}"
         ) from error
@@ -335,7 +337,7 @@ def _conforms(value: Any, hint: Any) -> bool:
         return True
     if hint is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(hint, type) and isinstance(value, hint)

@@ -21,8 +21,8 @@ from peftjax.trees import leaf_paths, split
 class Leaf:
     """One array of a params tree: its dotted path, shape and dtype.
 
-    The path joins the keys from the root: ``encoder.layer.0.query.kernel``. Where the function
-    uses the array linearly, ``site`` says how.
+    The path joins the keys from the root: ``encoder.layer.0.query.kernel``. ``site`` is the one
+    whose weight or bias the array is, if it is any.
     """
 
     path: str
@@ -267,7 +267,8 @@ def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
     found = dict(zip(found, _named(list(found.values())), strict=True))
     records, _ = trace({i: site.roles for i, site in found.items()})
     uses = {site.name: _uses(i, records) for i, site in found.items()}
-    every = tuple(dataclasses.replace(x, site=found.get(i)) for i, x in enumerate(every))
+    owners = {site.bias: site for site in found.values()} | {s.path: s for s in found.values()}
+    every = tuple(dataclasses.replace(leaf, site=owners.get(leaf.path)) for leaf in every)
     return Sites(tuple(found.values()), every, tuple(uses.items()))
 
 

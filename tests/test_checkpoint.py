@@ -139,3 +139,41 @@ def test_nothing_is_logged_as_a_warning(tmp_path: Path) -> None:
         for name in (None, "absl"):
             logging.getLogger(name).removeHandler(handler)
     assert stream.getvalue() == ""
+
+
+def test_an_adapter_comes_back_without_its_model(tmp_path: Path) -> None:
+    adapter = trained(adapter_of())
+    checkpoint.save_adapter(tmp_path, adapter)
+    assert_same(checkpoint.restore_adapter(tmp_path), adapter)
+
+
+def test_stacks_whole_leaves_and_empty_arrays_come_back_without_a_model(tmp_path: Path) -> None:
+    params = {"layers": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.zeros((3, 4))}}
+
+    def scanned(params: dict[str, Any], x: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, own: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            return jnp.tanh(x @ own["kernel"] + own["bias"][None]), None
+
+        return jax.lax.scan(layer, x, params["layers"])[0]
+
+    sites = peftjax.find_sites(scanned, params, jnp.ones((2, 4)))
+    config = peftjax.AdaLoraConfig(
+        init_r=2,
+        target_modules=["layers"],
+        layers_to_transform=[0, 2],
+        bias="all",
+        rank_pattern={"layers.lora_E": [[False, False], [False, False]]},
+    )
+    adapter = peftjax.init_adapter(jax.random.key(0), config, sites, params)
+    checkpoint.save_adapter(tmp_path, adapter)
+    found = checkpoint.restore_adapter(tmp_path)
+    assert_same(found, adapter)
+    assert found.params["layers"]["lora_E"].shape == (2, 0)
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"sites": [{"name": 1}]}'])
+def test_a_broken_structure_is_no_adapter(tmp_path: Path, broken: str) -> None:
+    checkpoint.save_adapter(tmp_path, adapter_of())
+    (tmp_path / "adapter_structure.json").write_text(broken)
+    with pytest.raises(ValueError, match=r"does not say what its adapter is.*with like="):
+        checkpoint.restore_adapter(tmp_path)

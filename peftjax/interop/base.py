@@ -48,5 +48,5 @@ def base_state_dict(
         if tensor.key in tensors:
             raise ValueError(f"two arrays have the torch name {tensor.key!r}: change names=")
         laid = tensor.there(np.asarray(arrays[tensor.leaf.path]))
-        tensors[tensor.key] = np.ascontiguousarray(laid)
+        tensors[tensor.key] = np.array(laid, order="C")  # even a scalar, unlike ascontiguousarray
     return tensors

@@ -20,28 +20,6 @@ from peftjax.unstacking import Part, Single
 
 PEFT_VERSION = "0.21.2"  # whose files these are
 
-CONFIGS: dict[str, type[AdapterConfig]] = {
-    cls.peft_type: cls for cls in (LoraConfig, AdaLoraConfig, LoHaConfig, HRAConfig, IA3Config)
-}
-
-
-def config_from(data: Any) -> AdapterConfig:
-    """The config that the contents of an ``adapter_config.json`` say, under torch's names.
-
-    Raises:
-      ValueError: it is no config, or of a method that is not known here.
-    """
-    if not isinstance(data, Mapping):
-        raise ValueError(f"a config is a JSON object, got {type(data).__name__}")
-    method = data.get("peft_type")
-    if not isinstance(method, str) or method not in CONFIGS:
-        known = ", ".join(CONFIGS)
-        raise ValueError(f"`peft_type` is {method!r}; the methods here are {known}")
-    try:
-        return CONFIGS[method].from_dict(data)
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-
 
 def config_to(
     adapter: Adapter,
@@ -109,12 +87,24 @@ def _write_low_rank(
         divisor = math.sqrt(rank) if root else rank
         scale = single.buffers["scaling"]
         if np.asarray(alpha / divisor, scale.dtype) != scale:
+            _check_scale(config, torch[part], scale)
             alpha = float(scale) * divisor
         if rank != config.r:
             ranks[key] = rank
         if alpha != default:
             alphas[key] = alpha
     return {"rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def _check_scale(config: LoraConfig | LoHaConfig, module: str, scale: np.ndarray) -> None:
+    """Raises a ValueError if no alpha can stand for a scale that was changed."""
+    if not np.isfinite(scale):
+        raise ValueError(f"{module}: a scale of {scale} cannot be written")
+    if isinstance(config, LoraConfig) and str(config.init_lora_weights).startswith("pissa"):
+        raise ValueError(
+            f"{module}: its scale was changed, and what PiSSA took out of the weight at first "
+            f"follows from the scale: write what convert_to_lora makes of the adapter"
+        )
 
 
 def _write_adalora(
@@ -157,7 +147,13 @@ def _write_ia3(
         for part, single in singles.items()
         if max(single.params["ia3_l"].shape[: len(single.spec.in_shape)]) > 1
     ]
-    return {"feedforward_modules": inner}
+    return {"feedforward_modules": _alone(inner, set(torch.values()).difference(inner))}
+
+
+def _alone(names: list[str], others: Iterable[str]) -> str | list[str]:
+    """Names that mean no other module: as a regular expression if another ends with one."""
+    ambiguous = any(other.endswith(tuple(names)) for other in others)
+    return "|".join(map(re.escape, names)) if ambiguous else names
 
 
 _WRITERS: dict[type, Callable[[Any, Mapping[Part, Single], Mapping[Part, str]], dict[str, Any]]] = {
@@ -205,7 +201,10 @@ def config_here(
     for module in chosen:
         stacks.setdefault(module.site.name, []).append(module)
     targets = [name for members in stacks.values() for name in _named(members)]
-    modules = dict.fromkeys(leaf.site.name if leaf.site else leaf.module for leaf in saved)
+    modules = dict.fromkeys(
+        leaf.site.name if leaf.site and leaf.site.path == leaf.path else leaf.module
+        for leaf in saved
+    )
     changes: dict[str, Any] = {
         "target_modules": targets,
         "exclude_modules": None,
@@ -231,16 +230,25 @@ def _named(members: list[Module]) -> list[str]:
 def _read_low_rank(config: Any, stacks: Stacks) -> dict[str, Any]:
     alpha = "lora_alpha" if isinstance(config, LoraConfig) else "alpha"
     return {
-        field: _by_module(getattr(config, field), getattr(config, default), stacks)
+        field: _by_module(config, field, default, stacks)
         for field, default in (("rank_pattern", "r"), ("alpha_pattern", alpha))
     }
 
 
-def _by_module(pattern: Mapping[str, Any], default: Any, stacks: Stacks) -> dict[str, Any]:
+def _by_module(config: Any, field: str, usual: str, stacks: Stacks) -> dict[str, Any]:
     """A pattern of torch's names as one of ours, with one key for each module that has a value."""
+    pattern, default = getattr(config, field), getattr(config, usual)
     own = {}
     for name, members in stacks.items():
         values = {m.index: pattern_value(pattern, under_torch_name(m), default) for m in members}
+        layers = {m.index[:1]: values[m.index] for m in members}
+        # Scales are told apart all the same, but where a start depends on them.
+        is_free = usual != "r" and not config.method.buffers_read_weight(config)
+        if not is_free and any(values[index] != layers[index[:1]] for index in values):
+            raise ValueError(
+                f"`{field}` gives the modules of one layer that are stacked in {name!r} different "
+                f"values, and here they share one"
+            )
         if len(set(values.values())) == 1:
             values = {(): next(iter(values.values()))}
         for index, value in values.items():
@@ -259,17 +267,22 @@ def _read_adalora(config: AdaLoraConfig, stacks: Stacks) -> dict[str, Any]:
         return {}
     pattern: dict[str, Any] = {}
     for name, members in stacks.items():
-        every = [True] * config.init_r
-        kept = {m.index: config.rank_pattern.get(f"{m.name}.lora_E", every) for m in members}
+        own = {m.index: config.rank_pattern.get(f"{m.name}.lora_E") for m in members}
         for member in members:
-            own = kept[member.index]
-            if len(own) != config.init_r or not all(isinstance(each, bool) for each in own):
+            kept = own[member.index]
+            if kept is not None and (
+                len(kept) != config.init_r or not all(isinstance(each, bool) for each in kept)
+            ):
                 raise ValueError(
                     f"`rank_pattern` of {member.name!r} has to be a list of {config.init_r} "
                     f"booleans, one for each of the `init_r` triplets"
                 )
-        stack = tuple(len({index[axis] for index in kept}) for axis in range(len(members[0].index)))
-        rows = np.array([kept[index] for index in sorted(kept)], bool)
+        stack = tuple(len({index[axis] for index in own}) for axis in range(len(members[0].index)))
+        if not any(own.values()) or len(own) != math.prod(stack):
+            continue
+        # Only now that a list has this length: a mistaken one may be of any.
+        every = (True,) * config.init_r
+        rows = np.array([own[index] or every for index in sorted(own)], bool)
         pattern[f"{name}.lora_E"] = rows.reshape(*stack, config.init_r).tolist()
     return {"rank_pattern": pattern}
 
@@ -278,7 +291,7 @@ def _read_ia3(config: IA3Config, stacks: Stacks) -> dict[str, Any]:
     inner = config.feedforward_modules
     if inner is None:
         raise ValueError("`feedforward_modules` is missing: PEFT writes it in every file of IA3")
-    feedforward = []
+    feedforward: list[str] = []
     for name, members in stacks.items():
         # PEFT's own rule, which does not ask where in a name a match begins.
         flags = {
@@ -293,7 +306,8 @@ def _read_ia3(config: IA3Config, stacks: Stacks) -> dict[str, Any]:
                 f"whose scales would differ in shape"
             )
         feedforward += _named(members) if flags == {True} else []
-    return {"feedforward_modules": feedforward}
+    others = (each for members in stacks.values() for each in _named(members))
+    return {"feedforward_modules": _alone(feedforward, set(others).difference(feedforward))}
 
 
 _READERS: dict[type, Callable[[Any, Stacks], dict[str, Any]]] = {

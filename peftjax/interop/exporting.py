@@ -59,7 +59,9 @@ def export(
         whole = np.asarray(adapter.params[leaf.module][leaf.leaf_name])
         # PEFT puts an adapted module into another, and so the module's own arrays lower down.
         key = tensor.wrapped_key if tensor.part in singles else tensor.key
-        tensors[PREFIX + key] = np.ascontiguousarray(tensor.there(whole))
+        if PREFIX + key in tensors:
+            raise ValueError(f"two arrays have the torch name {key!r}: change names=")
+        tensors[PREFIX + key] = np.array(tensor.there(whole), order="C")
     config = config_to(adapter, singles, names, base_model_name_or_path)
     return Export(config, tensors, foreign)
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,13 +18,16 @@ from peftjax.interop.exporting import PREFIX
 from peftjax.interop.layouts import Layout, layouts, unsupported
 from peftjax.interop.modules import LeafTensor, Module, leaf_tensors, nearest, torch_modules
 from peftjax.interop.names import ModuleNames
-from peftjax.methods import HRAConfig, LoraConfig
+from peftjax.methods import HRAConfig, LoHaConfig, LoraConfig
 from peftjax.sites import Leaf, Site, Sites
 from peftjax.targeting import bias_leaves, is_within, targeted
 from peftjax.trees import leaf_paths
 from peftjax.unstacking import Part, restack
 
+V = TypeVar("V")
+
 _MOST = 12  # problems shown
+_COPIES = re.compile(r"(?<=\.)(?:original_module|modules_to_save)\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +85,11 @@ def read_adapter(
       ValueError: something does not fit; all of it is listed.
     """
     model = _Model(config, sites, names or ModuleNames())
-    found = _without_prefix(stored)
+    found = without_prefix(stored)
     config = _as_loaded(config, params)
     slots = {key: model.slots[key] for key in found if key in model.slots}
-    chosen = {
-        m.name: m
-        for m in model.modules.values()
-        if m.name in {s.module.name for s in slots.values()}
-    }
+    adapted = {slot.module.name for slot in slots.values()}
+    chosen = {name: m for name, m in model.modules.items() if name in adapted}
     problems = [*_unknown(model, found), *_left_out(model, config, chosen)]
     if not foreign:
         problems += [
@@ -121,7 +123,8 @@ def read_adapter(
             tensor = _orthonormal(slot.module.name, tensor)
         arrays.setdefault(slot.module.part, {})[slot.name] = tensor
     whole = {leaf: _filled(leaf, own, found, base) for leaf, own in tensors.items()}
-    return restack(here, selected, arrays, saved=whole, leaves=base)
+    scaling = _scales(config, chosen.values())
+    return restack(here, selected, arrays, scaling=scaling, saved=whole, leaves=base)
 
 
 class _Model:
@@ -149,7 +152,7 @@ class _Model:
         self.by_key |= {tensor.wrapped_key: tensor for tensor in self.tensors}
 
 
-def _without_prefix(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def without_prefix(stored: Mapping[str, V]) -> dict[str, V]:
     """The tensors by the names that they have inside the model."""
     found = {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}
     if len(found) < len(stored):
@@ -157,7 +160,17 @@ def _without_prefix(stored: Mapping[str, Stored]) -> dict[str, Stored]:
             key for key in stored if key.startswith(PREFIX) and key[len(PREFIX) :] in stored
         )
         raise ValueError(f"the tensor {twice!r} is there twice, with and without {PREFIX!r}")
-    return found
+    return {key: tensor for key, tensor in found.items() if _own(key) not in found}
+
+
+def _own(key: str) -> str | None:
+    """The key that counts, for one that PEFT writes beside it; None for others.
+
+    With ``bias="all"`` it writes the biases of ``modules_to_save`` three times: as they count, as
+    the copy that is trained and as the original, which is not used.
+    """
+    parts = _COPIES.split(key)
+    return "".join(parts) if len(parts) > 1 else None
 
 
 def _as_loaded(config: AdapterConfig, params: Any) -> AdapterConfig:
@@ -197,13 +210,17 @@ def _unknown(model: _Model, found: Mapping[str, Stored]) -> list[str]:
 def _left_out(model: _Model, config: AdapterConfig, chosen: Mapping[str, Module]) -> list[str]:
     """Modules that the config adapts and the file has nothing of."""
     view = Sites(tuple(under_torch_name(module) for module in model.modules.values()))
-    meant = [site.name for site in targeted(config, view)]
+    meant = {site.name for site in targeted(config, view)}
     if not chosen and not meant:
         return ["no tensor is one of this method for a module of the model"]
+    # Modules beside each other in a stack of two axes, the experts of a layer, go together.
+    layers = {(m.site.name, m.index[:1]) for m in chosen.values()}
     return [
-        f"{name}: `target_modules` names it, but no tensor is there for it"
-        for name in meant
-        if name not in chosen
+        f"{name}: "
+        + ("`target_modules` names it" if name in meant else "others of its layer are adapted")
+        + ", but no tensor is there for it"
+        for name, m in model.modules.items()
+        if name not in chosen and (name in meant or (m.site.name, m.index[:1]) in layers)
     ]
 
 
@@ -229,7 +246,8 @@ def _expected(
     found: Mapping[str, Stored],
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """For each tensor the shape of our array, and what is wrong with the tensors."""
-    largest = max((size for tensor in found.values() for size in tensor.shape), default=0)
+    full = (tensor.shape for tensor in found.values() if math.prod(tensor.shape))
+    largest = max((size for shape in full for size in shape), default=0)
     shapes: dict[str, tuple[int, ...]] = {}
     problems = []
     for module in chosen.values():
@@ -238,13 +256,12 @@ def _expected(
             settings: Any = config.method.settings(config, module.site, layer)
             # Nothing as large as a mistaken rank is ever made.
             rank = getattr(settings, "rank", settings)
-            if rank > largest:
+            if rank > largest and not isinstance(rank, bool):
                 raise ValueError(f"no tensor is large enough for its rank of {rank}")
             own = _shapes(config, settings, module.spec)
         except ValueError as error:
             problems.append(f"{module.name}: {error}")
             continue
-        dummies = {name: np.broadcast_to(np.zeros((), bool), shape) for name, shape in own.items()}
         for name, layout in layouts(config, module.spec).items():
             key = f"{module.name}.{layout.suffix}"
             if name not in own:
@@ -255,7 +272,7 @@ def _expected(
                 problems.append(f"{key}: it is missing")
                 continue
             shapes[key] = own[name]
-            wanted = layout.there(dummies[name], module.spec).shape
+            wanted = _laid_shape(layout, own[name], module.spec, found[key].shape)
             problems += _misfits(key, found[key], wanted)
     return shapes, problems
 
@@ -275,6 +292,17 @@ def _shapes(config: AdapterConfig, settings: Any, spec: WeightSpec) -> dict[str,
     return {name: x.shape for name, x in jax.eval_shape(init, jax.random.key(0), base).items()}
 
 
+def _laid_shape(
+    layout: Layout, shape: tuple[int, ...], spec: WeightSpec, given: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The shape of one of our arrays as PEFT lays it out."""
+    if math.prod(shape) == math.prod(given):
+        return layout.there(np.broadcast_to(np.zeros((), bool), shape), spec).shape
+    # However large it would be: it is the shape alone that is computed.
+    array = jax.ShapeDtypeStruct(shape, bool)
+    return jax.eval_shape(lambda array: layout.there(array, spec), array).shape
+
+
 def _misfits(key: str, tensor: Stored, wanted: tuple[int, ...]) -> list[str]:
     problems = []
     if tensor.shape != wanted:
@@ -282,6 +310,15 @@ def _misfits(key: str, tensor: Stored, wanted: tuple[int, ...]) -> list[str]:
     if tensor.dtype not in ("float16", "bfloat16", "float32", "float64"):
         problems.append(f"{key}: {tensor.dtype} is no dtype of an adapter")
     return problems
+
+
+def _scales(config: AdapterConfig, chosen: Iterable[Module]) -> dict[Part, float] | None:
+    """The scales of all modules, where experts of one layer may differ; None without experts."""
+    chosen = list(chosen)
+    if not isinstance(config, LoraConfig | LoHaConfig) or all(len(m.index) < 2 for m in chosen):
+        return None
+    settings: Any = config.method.settings
+    return {m.part: settings(config, under_torch_name(m), None).scaling for m in chosen}
 
 
 def _saves(config: AdapterConfig, tensor: LeafTensor) -> bool:
@@ -332,7 +369,8 @@ def _is_rest(config: AdapterConfig, tensor: LeafTensor, parts: Container[Part]) 
 
     PEFT writes the weight of an adapted embedding or output head along with its adapter.
     """
-    weight = tensor.leaf.site is not None and tensor.part in parts
+    site = tensor.leaf.site
+    weight = site is not None and site.path == tensor.leaf.path and tensor.part in parts
     return weight and config.method.buffers_read_weight(config)
 
 

@@ -4,15 +4,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from peftjax.adapt import adapt
 from peftjax.adapter import Adapter, init_adapter
 from peftjax.config import AdapterConfig
-from peftjax.interop.exporting import PREFIX, export, usual_scale
-from peftjax.interop.importing import refuse
+from peftjax.interop.exporting import export, usual_scale
+from peftjax.interop.importing import refuse, without_prefix
 from peftjax.interop.layouts import layouts
 from peftjax.interop.modules import leaf_tensors
 from peftjax.interop.names import ModuleNames
@@ -126,7 +126,7 @@ def set_peft_model_state_dict(
             "PEFT's HRA has neither orthonormal halves nor ranks of single modules, so this "
             "adapter's state dict is not its arrays: use save_pretrained and load_pretrained"
         )
-    given = {key.removeprefix(PREFIX): np.asarray(value) for key, value in state_dict.items()}
+    given = {key: np.asarray(value) for key, value in without_prefix(state_dict).items()}
     wanted: dict[str, tuple[int, ...]] = {}
     params: dict[Part, dict[str, np.ndarray]] = {}
     singles = unstack(adapter)
@@ -169,5 +169,7 @@ def set_peft_model_state_dict(
     adapter = refill(adapter, params)
     trainable = dict(adapter.params)
     for leaf, array in whole.items():
-        trainable[leaf.module] = {**trainable[leaf.module], leaf.leaf_name: jnp.asarray(array)}
+        own = trainable[leaf.module]
+        placed = jax.device_put(array, getattr(own[leaf.leaf_name], "sharding", None))
+        trainable[leaf.module] = {**own, leaf.leaf_name: placed}
     return dataclasses.replace(adapter, params=trainable)

@@ -114,16 +114,18 @@ class LeafTensor:
         site = self.leaf.site
         if site is None:
             return own
+        if self.leaf.path != site.path:
+            return own.reshape(site.out_size)
         return weight_there(own, site, weight_spec(site, site.dtype), self.inputs_first)
 
     def put(self, array: np.ndarray, tensor: np.ndarray) -> None:
         """Writes the tensor into the whole array."""
         own = np.moveaxis(array, self.stack_axes, range(len(self.stack_axes)))
         site = self.leaf.site
-        if site is not None:
+        if site is not None and self.leaf.path == site.path:
             spec = weight_spec(site, site.dtype)
             tensor = weight_back(tensor, site, spec, self.inputs_first)
-        own[self.index] = tensor
+        own[self.index] = tensor.reshape(own[self.index].shape)
 
 
 def leaf_tensors(
@@ -134,8 +136,8 @@ def leaf_tensors(
 ) -> Iterator[LeafTensor]:
     """The tensors of a torch model that whole arrays of the params tree are.
 
-    An array that is no weight and no bias of a known site counts as stacked where a rule for
-    stacked modules names it that names a known site too: norms between scanned layers.
+    An array that is no weight and no bias, such as a norm between scanned layers, counts as stacked
+    where torch would number it as it does the layers of a known site.
 
     Args:
       leaves: the arrays.
@@ -147,17 +149,11 @@ def leaf_tensors(
       ValueError: without ``unnamed``, an array has no torch name, or is not stacked as its
         neighbours are.
     """
-    known = {site.path: site for site in sites}
-    biases = {site.bias: site for site in known.values() if site.bias is not None}
-    stacked = _stacks(known.values(), names)
+    stacked = _stacks(sites, names)
     for leaf in leaves:
         try:
-            site = leaf.site or known.get(leaf.path)
-            owner = site or biases.get(leaf.path)
-            if owner is None:
-                own = _unowned(leaf, names, stacked)
-            else:
-                own = _owned(dataclasses.replace(leaf, site=site), owner, names)
+            owner = leaf.site
+            own = _unowned(leaf, names, stacked) if owner is None else _owned(leaf, owner, names)
         except ValueError as error:
             if unnamed is None:
                 raise
@@ -168,49 +164,57 @@ def leaf_tensors(
 
 def _owned(leaf: Leaf, owner: Site, names: ModuleNames) -> list[LeafTensor]:
     """The tensors of an array that is the weight or the bias of a site."""
-    axes = owner.bias_stack_axes if leaf.site is None else owner.stack_axes
-    name = "bias" if leaf.site is None else "weight"
+    weight = leaf.path == owner.path
+    axes = owner.stack_axes if weight else owner.bias_stack_axes
+    # A bias may lie elsewhere: that of an output head beside the model, for example.
+    apart = leaf.module != owner.path.rpartition(".")[0]
     tensors = []
     for index in np.ndindex(owner.full_stack_shape):
-        module = names.to_torch(owner.name, index)
+        if apart:
+            module = names.to_torch(leaf.module, index) if leaf.module else ""
+            name = _WEIGHTS.get(leaf.leaf_name, leaf.leaf_name)
+        else:
+            module = names.to_torch(owner.name, index)
+            name = "weight" if weight else "bias"
+        part = None if apart else (owner.name, index)
         first = names.keeps_inputs_first(module)
-        tensors.append(LeafTensor(module, name, leaf, axes, index, (owner.name, index), first))
+        tensors.append(LeafTensor(module, name, leaf, axes, index, part, first))
     return tensors
 
 
-def _stacks(
-    sites: Iterable[Site], names: ModuleNames
-) -> dict[int, set[tuple[tuple[int, ...], tuple[int, ...]]]]:
-    """For each rule for stacked modules, the stack axes of the sites it names and their sizes."""
-    stacks: dict[int, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+Stack = tuple[tuple[int, ...], tuple[int, ...]]  # axes, and their sizes
+
+
+def _stacks(sites: Iterable[Site], names: ModuleNames) -> dict[str | None, set[Stack]]:
+    """What torch puts before the number of a layer, and how the layers there are stacked."""
+    stacks: dict[str | None, set[Stack]] = {}
     for site in sites:
-        rule = names.rule(site.name, len(site.stack_axes))
-        if site.stack_axes and rule is not None:
-            stacks.setdefault(rule, set()).add((site.stack_axes, site.full_stack_shape))
+        before = names.before_number(site.name, len(site.stack_axes))
+        for depth in range(1, len(site.stack_axes) + 1) if before is not None else ():
+            stack = site.stack_axes[:depth], site.full_stack_shape[:depth]
+            stacks.setdefault(before, set()).add(stack)
     return stacks
 
 
 def _unowned(
-    leaf: Leaf,
-    names: ModuleNames,
-    stacked: Mapping[int, set[tuple[tuple[int, ...], tuple[int, ...]]]],
+    leaf: Leaf, names: ModuleNames, stacked: Mapping[str | None, set[Stack]]
 ) -> list[LeafTensor]:
     """The tensors of an array that belongs to no site."""
     name = _WEIGHTS.get(leaf.leaf_name, leaf.leaf_name)
-    plain = names.rule(leaf.module, 0)
-    for rule, stacks in sorted(stacked.items()):
-        depth = {len(axes) for axes, _ in stacks}.pop()
-        if names.rule(leaf.module, depth) != rule or (plain is not None and 0 <= plain < rule):
-            continue
+    for depth in range(1, len(leaf.shape) + 1):
+        near = stacked.get(names.before_number(leaf.module, depth), set())
+        stacks = [stack for stack in near if len(stack[0]) == depth]
         fits = [
             (axes, sizes)
             for axes, sizes in stacks
             if max(axes) < len(leaf.shape) and tuple(leaf.shape[axis] for axis in axes) == sizes
         ]
+        if not stacks:
+            continue
         if len(fits) != 1:
             raise ValueError(
                 f"{leaf.path}: its module is stacked, but which axes of {leaf.shape} count the "
-                f"layers cannot be told from the sites around it, {sorted(stacks)}"
+                f"layers cannot be told from the sites around it: {sorted(stacks)}"
             )
         axes, sizes = fits[0]
         return [

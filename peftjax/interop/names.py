@@ -54,6 +54,8 @@ class ModuleNames:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple((jax, torch) for jax, torch in self.rules))
         object.__setattr__(self, "fan_in_fan_out", tuple(self.fan_in_fan_out))
+        for pattern in self.fan_in_fan_out:
+            _words(pattern)
         for rule in self.rules:
             jax, torch = (_words(pattern) for pattern in rule)
             depth = _depth(rule)
@@ -92,6 +94,14 @@ class ModuleNames:
                 return position
         return None if self.rules or depth else -1
 
+    def before_number(self, name: str, depth: int) -> str | None:
+        """What torch's name of a stacked module has before its number; None if it has no name."""
+        rule = self.rule(name, depth)
+        if not depth or rule is None:
+            return None
+        words = _match(self.rules[rule][0], name) or {}
+        return _fill(self.rules[rule][1].partition("{i}")[0], words)
+
     def keeps_inputs_first(self, torch_name: str) -> bool:
         """Whether that torch module keeps its weight as (in, out)."""
         return any(_match(pattern, torch_name) is not None for pattern in self.fan_in_fan_out)
@@ -117,9 +127,12 @@ def _at(index: Index) -> str:
 
 
 def _words(pattern: str) -> list[str]:
-    """The words in the braces of a pattern."""
-    words = [match[2] for match in _PLACEHOLDER.finditer(pattern)]
-    if len(words) != len(set(words)):
+    """The words in the braces of a pattern, with their stars."""
+    words = [match[1] + match[2] for match in _PLACEHOLDER.finditer(pattern)]
+    whole = [match[2] for match in re.finditer(r"(?:^|\.)\{(\*)(\w+)\}(?=\.|$)", pattern)]
+    if sorted(whole) != sorted(word[1:] for word in words if word.startswith("*")):
+        raise ValueError(f"in the pattern {pattern!r} a word with a star is no segment of its own")
+    if len(words) != len({word.lstrip("*") for word in words}):
         raise ValueError(f"the pattern {pattern!r} has the same word twice")
     return words
 

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peftjax.adapter import Adapter
-from peftjax.interop.configs import config_from
 from peftjax.interop.exporting import export
 from peftjax.interop.importing import Stored, read_adapter, refuse
 from peftjax.interop.names import ModuleNames
+from peftjax.methods import config_from
 from peftjax.sites import Sites
 
 CONFIG = "adapter_config.json"

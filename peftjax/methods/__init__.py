@@ -1,5 +1,9 @@
 """One file a method: its config, how it starts, its factors."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from peftjax.config import AdapterConfig
 from peftjax.methods.adalora import AdaLoraConfig as AdaLoraConfig
 from peftjax.methods.adalora import orthogonality as orthogonality
 from peftjax.methods.hra import HRAConfig as HRAConfig
@@ -9,3 +13,26 @@ from peftjax.methods.loha import LoHaConfig as LoHaConfig
 from peftjax.methods.loha import join_loha as join_loha
 from peftjax.methods.loha import split_loha as split_loha
 from peftjax.methods.lora import LoraConfig as LoraConfig
+
+# The only place where a method is looked up by name: the reader of a config file.
+CONFIGS: dict[str, type[AdapterConfig]] = {
+    cls.peft_type: cls for cls in (LoraConfig, AdaLoraConfig, LoHaConfig, HRAConfig, IA3Config)
+}
+
+
+def config_from(data: Any) -> AdapterConfig:
+    """The config that the contents of an ``adapter_config.json`` say.
+
+    Raises:
+      ValueError: it is no config, or of a method that is not known here.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a config is a JSON object, got {type(data).__name__}")
+    method = data.get("peft_type")
+    if not isinstance(method, str) or method not in CONFIGS:
+        known = ", ".join(CONFIGS)
+        raise ValueError(f"`peft_type` is {method!r}; the methods here are {known}")
+    try:
+        return CONFIGS[method].from_dict(data)
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
