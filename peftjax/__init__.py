@@ -3,6 +3,9 @@
 from peftjax.adapt import adapt as adapt
 from peftjax.adapter import Adapter as Adapter
 from peftjax.adapter import init_adapter as init_adapter
+from peftjax.algebra.combining import combine_adapters as combine_adapters
+from peftjax.algebra.conversion import convert_to_lora as convert_to_lora
+from peftjax.algebra.conversion import pad_ranks as pad_ranks
 from peftjax.engine.trace import FallbackError as FallbackError
 from peftjax.frameworks import from_linen as from_linen
 from peftjax.frameworks import from_nnx as from_nnx

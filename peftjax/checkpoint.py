@@ -118,7 +118,7 @@ def _as_written(directory: Path) -> Adapter:
             )
             for record in structure["saved"]
         )
-        arrays = {
+        arrays: Any = {
             part: {
                 module: {
                     name: jax.ShapeDtypeStruct(x["shape"], jnp.dtype(x["dtype"]))

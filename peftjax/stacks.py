@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,71 +74,32 @@ def init_site(
 ) -> tuple[Arrays, Arrays]:
     """The trainable and the frozen arrays of one site, with its stack axes in front.
 
-    The numbers of a layer do not depend on which other layers are selected.
+    Layers of equal settings are made together. Where ranks differ, the arrays are padded to the
+    largest, and a 0/1 ``rank_mask`` among the frozen arrays tells rank from padding. The numbers
+    of a layer do not depend on which other layers are selected.
     """
     method = config.method
 
-    def make(settings: Any, layers: Sequence[int] | None) -> tuple[Arrays, Arrays]:
-        def one(key: PRNGKeyArray, weight: Weight) -> tuple[Arrays, Arrays]:
-            buffers = method.buffers(key, config, settings, weight)
-            return method.init(key, config, settings, weight, buffers), buffers
+    def init(settings: Any, key: PRNGKeyArray, weight: Weight) -> tuple[Arrays, Arrays]:
+        buffers = method.buffers(key, config, settings, weight)
+        return method.init(key, config, settings, weight, buffers), buffers
 
-        return over_stack(one, site)(*_inputs(key, site, spec, base, layers))
-
-    return by_layer(make, config, site)
-
-
-def init_buffers(
-    key: PRNGKeyArray,
-    config: AdapterConfig,
-    settings: Any,
-    site: Site,
-    spec: WeightSpec,
-    base: Array | None,
-    layers: Sequence[int] | None,
-) -> Arrays:
-    """The frozen arrays alone of those layers of a site that have the same settings."""
-
-    def one(key: PRNGKeyArray, weight: Weight) -> Arrays:
-        return config.method.buffers(key, config, settings, weight)
-
-    return over_stack(one, site)(*_inputs(key, site, spec, base, layers))
-
-
-def _inputs(
-    key: PRNGKeyArray, site: Site, spec: WeightSpec, base: Array | None, layers: Any
-) -> tuple[PRNGKeyArray, Weight]:
-    """The keys and the weights of some layers; those of a layer are the same among any others."""
-    if layers is not None:
-        key = jax.random.split(key, site.full_stack_shape)[jnp.asarray(layers)]
-    return key, stacked_weight(site, spec, base, layers)
-
-
-def by_layer(
-    make: Callable[[Any, Sequence[int] | None], tuple[Arrays, Arrays]],
-    config: AdapterConfig,
-    site: Site,
-) -> tuple[Arrays, Arrays]:
-    """The arrays of a site, those of layers of equal settings made together.
-
-    Where ranks differ, the arrays are padded to the largest, and a 0/1 ``rank_mask`` among the
-    frozen arrays tells rank from padding.
-
-    Args:
-      make: from settings and the layers that have them, their trainable and frozen arrays, stack
-        axes in front; the layers are None for a weight that is not stacked.
-      config: the config, whose method tells the settings.
-      site: the site.
-    """
-    method = config.method
     if not site.stack_axes:
-        return make(method.settings(config, site, None), None)
+        settings = method.settings(config, site, None)
+        return init(settings, key, stacked_weight(site, spec, base))
+
+    keys = jax.random.split(key, site.full_stack_shape)
     layers = site.layers or range(site.full_stack_shape[0])
     groups: dict[Any, list[int]] = {}
     for layer in layers:
         groups.setdefault(method.settings(config, site, layer), []).append(layer)
 
-    parts = _padded([make(*group) for group in groups.items()], config, site)
+    def group(settings: Any, chosen: list[int]) -> tuple[Arrays, Arrays]:
+        weight = stacked_weight(site, spec, base, chosen)
+        one = functools.partial(init, settings)
+        return over_stack(one, site)(keys[jnp.asarray(chosen)], weight)
+
+    parts = _padded([group(*each) for each in groups.items()], config, site)
     made = [layer for chosen in groups.values() for layer in chosen]
     order = jnp.asarray([made.index(layer) for layer in layers])
     params, buffers = jax.tree.map(lambda *arrays: jnp.concatenate(arrays)[order], *parts)

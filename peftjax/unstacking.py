@@ -15,7 +15,7 @@ from peftjax.adapter import Adapter, path_key, site_arrays, weight_spec
 from peftjax.config import AdapterConfig
 from peftjax.factors import Arrays, WeightSpec
 from peftjax.sites import Leaf, Site, Sites
-from peftjax.stacks import by_layer, init_buffers
+from peftjax.stacks import stacked_weight
 
 Index = tuple[int, ...]
 Part = tuple[str, Index]  # the name of a site, and where in its stack
@@ -137,38 +137,56 @@ def _site_arrays(
     params: Mapping[Part, Mapping[str, np.ndarray]],
     leaves: Mapping[str, Any] | None,
 ) -> tuple[Arrays, Arrays]:
-    """The trainable and the frozen arrays of a site, stack axes in front."""
+    """The trainable and the frozen arrays of a site, stack axes in front.
+
+    All but what a method computes itself is done in host memory: device arrays of many shapes
+    would be many programs to compile.
+    """
     method = config.method
+    own = [params[site.name, index] for index in indices(site)]
+    spec = weight_spec(site, np.result_type(*(x.dtype for each in own for x in each.values())))
+    # A key of zero: where frozen arrays are drawn, a file does not say what was drawn.
+    key = path_key(jax.random.key(0), site.path)
     base = leaves[site.path] if leaves and method.buffers_read_weight(config) else None
+    frozen = []
+    for index in indices(site):
+        settings = method.settings(config, site, index[0] if index else None)
+        one = (
+            base if base is None else jnp.moveaxis(base, site.stack_axes, range(len(index)))[index]
+        )
+        made = method.buffers(key, config, settings, stacked_weight(site, spec, one))
+        frozen.append({name: np.asarray(x) for name, x in made.items()})
 
-    def make(settings: Any, layers: Sequence[int] | None) -> tuple[Arrays, Arrays]:
-        chosen = [i for i in indices(site) if layers is None or i[0] in layers]
-        stack = site.stack_shape if layers is None else (len(layers), *site.stack_shape[1:])
-        singles = _padded([dict(params[site.name, index]) for index in chosen], config)
-        own = {
-            name: jnp.asarray(
-                np.stack([single[name] for single in singles]).reshape(*stack, *first.shape)
-            )
-            for name, first in singles[0].items()
-        }
-        # A key of zero: where frozen arrays are drawn, a file does not say what was drawn.
-        key = path_key(jax.random.key(0), site.path)
-        spec = weight_spec(site, next(iter(own.values())).dtype)
-        return own, init_buffers(key, config, settings, site, spec, base, layers)
-
-    return by_layer(make, config, site)
+    axes = method.rank_axes
+    ranks = [next((x[n].shape[axes[n][0]] for n in axes if n in x), 0) for x in own]
+    mask = method.rank_mask(config, site)
+    if mask is None and len(set(ranks)) > 1:
+        mask = np.arange(max(ranks)) < np.reshape(ranks, (*site.stack_shape, 1))
+    trainable, buffers = (_stacked(arrays, site, axes, max(ranks)) for arrays in (own, frozen))
+    if mask is not None:
+        buffers["rank_mask"] = jnp.asarray(mask, spec.dtype)
+    return trainable, buffers
 
 
-def _padded(
-    singles: list[dict[str, np.ndarray]], config: AdapterConfig
-) -> list[dict[str, np.ndarray]]:
-    """The arrays of several weights, padded with zeros to the largest rank."""
-    axes = {n: own for n, own in config.method.rank_axes.items() if n in singles[0]}
-    for name, own in axes.items():
-        widest = max(single[name].shape[own[0]] for single in singles)
-        for single in singles:
-            width = [(0, 0)] * single[name].ndim
-            for axis in own:
-                width[axis] = (0, widest - single[name].shape[axis])
-            single[name] = np.pad(single[name], width)
-    return singles
+def _stacked(
+    singles: Sequence[Mapping[str, np.ndarray]],
+    site: Site,
+    rank_axes: Mapping[str, tuple[int, ...]],
+    rank: int,
+) -> Arrays:
+    """The arrays of single weights as those of a stack, padded with zeros to one rank."""
+    stacked = {}
+    for name in singles[0]:
+        arrays = [single[name] for single in singles]
+        for axis in rank_axes.get(name, ()):
+            arrays = [_widened(array, axis, rank) for array in arrays]
+        whole = np.stack(arrays)
+        stacked[name] = jnp.asarray(whole.reshape((*site.stack_shape, *whole.shape[1:])))
+    return stacked
+
+
+def _widened(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """An array padded with zeros behind an axis."""
+    width = [(0, 0)] * array.ndim
+    width[axis] = (0, size - array.shape[axis])
+    return np.pad(array, width)

@@ -23,10 +23,13 @@ from peftjax import (
     IA3Config,
     LoHaConfig,
     LoraConfig,
+    ModuleNames,
     adapt,
     find_sites,
     init_adapter,
+    load_pretrained,
     merge,
+    save_pretrained,
     unmerge,
 )
 
@@ -44,6 +47,7 @@ class Method(NamedTuple):
       everywhere: whether it runs on every case, or on one of each kind.
       invertible: whether the merged weights hold what it takes to unmerge them.
       std: of the numbers drawn for an adapter; a product of many small ones would vanish.
+      layouts: whether PEFT has the method.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Method(NamedTuple):
     everywhere: bool = False
     invertible: bool = True
     std: float = 0.3
+    layouts: bool = True
 
 
 # alpha never equals r: a forgotten scale must show.
@@ -71,7 +76,7 @@ METHODS = [
     ),
     Method("lora_gaussian", functools.partial(lora, init_lora_weights="gaussian", use_rslora=True)),
     # No method of its own, but every part of the factors at once.
-    Method("everything", EverythingConfig, identity=False, everywhere=True),
+    Method("everything", EverythingConfig, identity=False, everywhere=True, layouts=False),
     Method("dora", functools.partial(lora, use_dora=True), invertible=False),
     Method(
         "dora_olora",
@@ -108,6 +113,7 @@ KINDS = {
     "vmap_members",
 }
 FEW_KINDS = {"linen_dense", "haiku_conv", "nnx_scan_remat"}
+FILE_KINDS = {"equinox_conv", "linen_scan_axis1_remat"}
 
 
 def rows(everywhere: Callable[[Method], bool], kinds: set[str]) -> list[Any]:
@@ -308,3 +314,34 @@ def test_single_and_half_precision(method, case):
         (half.adapted_slope, half.merged_slope, exact.merged_slope),
     ):
         assert error(got, truth) < max(3e-2, 2 * error(merged, truth))
+
+
+# In torch every layer of a stack is a module of its own.
+TORCH_NAMES = ModuleNames(
+    (
+        ("{*path}", "torch.{*path}"),
+        ("{*path}", "torch.{*path}.{i}"),
+        ("{*path}", "torch.{*path}.{i}.{j}"),
+    )
+)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize(
+    ("method", "case"), [row for row in rows(lambda m: False, FILE_KINDS) if row.values[0].layouts]
+)
+def test_files_of_hugging_face(method, case, tmp_path):
+    """What is written comes back: bit by bit, or what is written otherwise to the same effect."""
+    with case.rules():
+        apply_fn, params, args, adapter = prepare(method, case, jnp.float64)
+        adapter = adapter.replace(params=normal(adapter.params, method.std))
+        # PEFT has no tables for most methods, and so on: that is for the tests of those files.
+        save_pretrained(tmp_path, adapter, names=TORCH_NAMES, allow_foreign=True)
+        again = load_pretrained(
+            tmp_path, find_sites(apply_fn, params, *args), params, names=TORCH_NAMES
+        )
+        if method.name == "hra_gs":
+            assert error(merge(params, again), merge(params, adapter)) < 1e-10
+        else:
+            chex.assert_trees_all_equal(again.params, adapter.params)
+            chex.assert_trees_all_equal(again.buffers, adapter.buffers)

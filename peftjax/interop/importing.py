@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +18,7 @@ from peftjax.interop.exporting import PREFIX
 from peftjax.interop.layouts import Layout, layouts, unsupported
 from peftjax.interop.modules import LeafTensor, Module, leaf_tensors, nearest, torch_modules
 from peftjax.interop.names import ModuleNames
-from peftjax.methods import HRAConfig, LoHaConfig, LoraConfig
+from peftjax.methods import HRAConfig, IA3Config, LoHaConfig, LoraConfig
 from peftjax.sites import Leaf, Site, Sites
 from peftjax.targeting import bias_leaves, is_within, targeted
 from peftjax.trees import leaf_paths
@@ -104,7 +104,7 @@ def read_adapter(
     if chosen:
         saved = [t for t in model.tensors if _saves(config, t)]
         here = config_here(config, chosen.values(), dict.fromkeys(t.leaf for t in saved))
-        shapes, wrong = _expected(here, slots, chosen, found)
+        shapes, wrong = _expected(config, here, chosen, found)
         problems += wrong
         selected = _selected(chosen.values())
         tensors, wrong = _whole(model, here, selected, saved, chosen, found, params)
@@ -123,7 +123,7 @@ def read_adapter(
             tensor = _orthonormal(slot.module.name, tensor)
         arrays.setdefault(slot.module.part, {})[slot.name] = tensor
     whole = {leaf: _filled(leaf, own, found, base) for leaf, own in tensors.items()}
-    scaling = _scales(config, chosen.values())
+    scaling = _scales(config, here, chosen.values())
     return restack(here, selected, arrays, scaling=scaling, saved=whole, leaves=base)
 
 
@@ -241,19 +241,26 @@ def _selected(chosen: Iterable[Module]) -> Sites:
 
 def _expected(
     config: AdapterConfig,
-    slots: Mapping[str, Slot],
+    here: AdapterConfig,
     chosen: Mapping[str, Module],
     found: Mapping[str, Stored],
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """For each tensor the shape of our array, and what is wrong with the tensors."""
+    """For each tensor the shape of our array, and what is wrong with the tensors.
+
+    Args:
+      config: the config under torch's names.
+      here: the config under ours.
+      chosen: the torch modules that are adapted.
+      found: the tensors.
+    """
     full = (tensor.shape for tensor in found.values() if math.prod(tensor.shape))
     largest = max((size for shape in full for size in shape), default=0)
     shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, set[str]] = {}
     problems = []
     for module in chosen.values():
-        layer = module.index[0] if module.index else None
         try:
-            settings: Any = config.method.settings(config, module.site, layer)
+            settings = _settings(config, here, module)
             # Nothing as large as a mistaken rank is ever made.
             rank = getattr(settings, "rank", settings)
             if rank > largest and not isinstance(rank, bool):
@@ -272,9 +279,10 @@ def _expected(
                 problems.append(f"{key}: it is missing")
                 continue
             shapes[key] = own[name]
+            dtypes.setdefault(module.site.name, set()).add(found[key].dtype)
             wanted = _laid_shape(layout, own[name], module.spec, found[key].shape)
             problems += _misfits(key, found[key], wanted)
-    return shapes, problems
+    return shapes, [*problems, *_two_halves(dtypes)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -303,22 +311,42 @@ def _laid_shape(
     return jax.eval_shape(lambda array: layout.there(array, spec), array).shape
 
 
+def _two_halves(dtypes: Mapping[str, Container[str]]) -> list[str]:
+    """What comes in both dtypes of half precision, neither of which holds the other."""
+    return [
+        f"{name}: some of its tensors are float16 and others bfloat16: give them one dtype"
+        for name, own in dtypes.items()
+        if "float16" in own and "bfloat16" in own
+    ]
+
+
 def _misfits(key: str, tensor: Stored, wanted: tuple[int, ...]) -> list[str]:
     problems = []
     if tensor.shape != wanted:
         problems.append(f"{key}: shape {tensor.shape} instead of {wanted}")
     if tensor.dtype not in ("float16", "bfloat16", "float32", "float64"):
         problems.append(f"{key}: {tensor.dtype} is no dtype of an adapter")
+    elif tensor.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        problems.append(f"{key}: float64, which JAX has with jax_enable_x64 alone")
     return problems
 
 
-def _scales(config: AdapterConfig, chosen: Iterable[Module]) -> dict[Part, float] | None:
+def _settings(config: AdapterConfig, here: AdapterConfig, module: Module) -> Any:
+    """What a method is told about one torch module, the experts of a layer told apart."""
+    if not isinstance(config, IA3Config):
+        return config.method.settings(config, under_torch_name(module), None)
+    # PEFT's own rule for its feedforward modules is followed where the config is made ours.
+    return here.method.settings(here, module.site, module.index[0] if module.index else None)
+
+
+def _scales(
+    config: AdapterConfig, here: AdapterConfig, chosen: Iterable[Module]
+) -> dict[Part, float] | None:
     """The scales of all modules, where experts of one layer may differ; None without experts."""
     chosen = list(chosen)
     if not isinstance(config, LoraConfig | LoHaConfig) or all(len(m.index) < 2 for m in chosen):
         return None
-    settings: Any = config.method.settings
-    return {m.part: settings(config, under_torch_name(m), None).scaling for m in chosen}
+    return {module.part: _settings(config, here, module).scaling for module in chosen}
 
 
 def _saves(config: AdapterConfig, tensor: LeafTensor) -> bool:
@@ -344,11 +372,13 @@ def _whole(
         if tensor.leaf.path in biases and (bias == "all" or tensor.part in parts)
     }
     there: dict[Leaf, list[LeafTensor]] = {}
+    dtypes: dict[str, set[str]] = {}
     problems = []
     for tensor in model.tensors:
         key = _key(tensor, found)
         if key is not None and not _is_rest(config, tensor, parts):
             there.setdefault(tensor.leaf, [])
+            dtypes.setdefault(tensor.leaf.path, set()).add(found[key].dtype)
             problems += _misfits(key, found[key], tensor.shape)
         elif tensor.key in needed:
             wrapped = tensor.part in parts
@@ -356,12 +386,16 @@ def _whole(
     for tensor in model.tensors:
         if tensor.leaf in there:
             there[tensor.leaf].append(tensor)
-            if _key(tensor, found) is None and params is None and tensor.key not in needed:
+            if _key(tensor, found) is not None or tensor.key in needed:
+                continue
+            if params is not None:
+                dtypes[tensor.leaf.path].add(tensor.leaf.dtype.name)
+            else:
                 problems.append(
                     f"{tensor.key}: the file has other layers of {tensor.leaf.path} alone: pass "
                     f"params, for the rest"
                 )
-    return there, problems
+    return there, [*problems, *_two_halves(dtypes)]
 
 
 def _is_rest(config: AdapterConfig, tensor: LeafTensor, parts: Container[Part]) -> bool:
@@ -381,13 +415,16 @@ def _key(tensor: LeafTensor, found: Mapping[str, Stored]) -> str | None:
 
 def _filled(
     leaf: Leaf,
-    tensors: Iterable[LeafTensor],
+    tensors: Sequence[LeafTensor],
     found: Mapping[str, Stored],
     base: Mapping[str, Any] | None,
 ) -> np.ndarray:
     """A whole array out of its tensors, and out of the base where there are none."""
     read = {tensor: found[key].read() for tensor in tensors if (key := _key(tensor, found))}
-    dtype = np.result_type(*(each.dtype for each in read.values()))
+    dtypes = [each.dtype for each in read.values()]
+    if base is not None and len(read) < len(tensors):
+        dtypes.append(base[leaf.path].dtype)
+    dtype = np.result_type(*dtypes)
     array = np.empty(leaf.shape, dtype) if base is None else np.array(base[leaf.path], dtype)
     for tensor, value in read.items():
         tensor.put(array, value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def save_pretrained(
     new_tensors, new_config = (directory / f".{name}.new" for name in (TENSORS, CONFIG))
     save_file(written.tensors, new_tensors, metadata)
     new_config.write_text(text, encoding="utf-8")
+    shutil.copymode(new_config, new_tensors)  # safetensors keeps its files from everybody else
     os.replace(new_tensors, directory / TENSORS)
     os.replace(new_config, directory / CONFIG)
     return directory
