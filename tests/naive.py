@@ -46,14 +46,14 @@ def house():
     return apply_fn, params, find_sites(apply_fn, params)
 
 
-def drawn(config, sites, params=None, std=1.0):
+def drawn(config, sites, params=None, std=1.0, dtype=None):
     """An adapter with all its arrays drawn; the product of many small numbers would vanish.
 
     Its own start is never computed: compiling that takes longer than all the rest.
     """
 
     def make(params):
-        return init_adapter(KEY, config, sites, params)
+        return init_adapter(KEY, config, sites, params, dtype=dtype)
 
     adapter, rng = jax.eval_shape(make, params), np.random.default_rng(3)
 

@@ -173,7 +173,7 @@ def test_unknown_keys_that_are_off_warn_and_are_dropped():
 def test_unknown_keys_that_are_on_are_refused():
     data = {"newer": 1, "off": False, "new_one": "x", "peft_version": "0.99.0"}
     with pytest.raises(
-        ValueError, match="no field 'new_one', 'newer', which PEFT 0.99.0 wrote: .* delete it"
+        ValueError, match=r"no field 'new_one', 'newer', which PEFT 0\.99\.0 wrote: .* delete it"
     ):
         ToyConfig.from_dict(data)
 

@@ -100,7 +100,7 @@ def bert():
     config = transformers.BertConfig(**SIZES, **off, num_labels=5)
     make = of_transformers("BertForSequenceClassification", config, ["classifier"])
     ends = {"targets": ["query", "dense"], "inner": ["dense"], "save": ["classifier"]}
-    return make(linear=["query", "dense"], **ends)
+    return make(linear=["query", "dense"], table=["word_embeddings", "value"], **ends)
 
 
 def gpt2():
@@ -109,6 +109,7 @@ def gpt2():
     config = transformers.GPT2Config(**sizes, **off, tie_word_embeddings=False)
     make = of_transformers("GPT2LMHeadModel", config, ["lm_head"])
     ends = {"targets": ["c_attn", "c_proj"], "inner": ["c_proj"], "save": ["ln_f"]}
+    ends["table"] = ["wte", "lm_head"]
     # The only torch.nn.Linear of the model, and PEFT's LoHa and HRA know nothing else.
     return make(linear=["lm_head"], **ends)
 
@@ -123,6 +124,7 @@ LLAMA = {
     "inner": ["down_proj"],
     "save": ["lm_head"],
     "linear": ["q_proj", "v_proj", "down_proj"],
+    "table": ["embed_tokens", "lm_head", "k_proj"],
 }
 
 
@@ -145,13 +147,18 @@ def scanned():
     model = decoders.Scanned()
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 4), int))["params"]
     ends = {"targets": ["q", "v", "down"], "inner": ["down"], "save": ["head", "norm2"]}
-    here = {**ends, "linear": ["q", "o", "down"]}
+    here = {**ends, "linear": ["q", "o", "down"], "table": ["embed", "head", "k"]}
     return own_decoder(peftjax.from_linen(model), params, decoders.SCANNED_NAMES, **here)
 
 
 def listed():
     apply_fn, params = peftjax.from_nnx(decoders.Listed(nnx.Rngs(0)))
-    return own_decoder(apply_fn, params, decoders.LISTED_NAMES, **{**LLAMA, "save": ["head"]})
+    return own_decoder(
+        apply_fn,
+        params,
+        decoders.LISTED_NAMES,
+        **{**LLAMA, "save": ["head"], "table": ["embed", "head", "k_proj"]},
+    )
 
 
 FAMILIES = {each.__name__: each for each in (bert, gpt2, llama, scanned, listed)}
@@ -192,6 +199,7 @@ METHODS = {
             "use_rslora": True,
         },
     ),
+    "lora_table": ("LoraConfig", lambda p: {**LORA, "target_modules": p.table, "use_dora": True}),
     "dora": (
         "LoraConfig",
         lambda p: {**LORA, "target_modules": p.targets, "use_dora": True, "bias": "lora_only"},

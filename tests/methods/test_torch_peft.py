@@ -6,6 +6,7 @@ Both sides get the same random numbers, so that what is compared is the arithmet
 import collections
 import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,6 +289,25 @@ def test_outputs_gradients_and_merged_weights(config, fields, layer, monkeypatch
     both = Both(config, fields, layer)
     both.draw()
     agree(both)
+
+
+# PEFT takes a bias of LoRA's own for a broken tensor.
+@pytest.mark.filterwarnings("ignore:.*invalid shape")
+@pytest.mark.parametrize(("config", "fields", "layer"), CASES)
+def test_state_dicts(config, fields, layer):
+    """Keys, layouts and bytes are PEFT's, on every kind of module."""
+    both = Both(config, fields, layer)
+    both.draw()
+    (adapter,) = both.adapters
+    theirs = peft.get_peft_model_state_dict(both.model, adapter_name="adapter0")
+    ours = peftjax.get_peft_model_state_dict(adapter)
+    assert ours.keys() == {f"base_model.model.{key}" for key in theirs}
+    for key, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[f"base_model.model.{key}"], tensor.numpy())
+
+    zeros = adapter.replace(params=jax.tree.map(jnp.zeros_like, adapter.params))
+    again = peftjax.set_peft_model_state_dict(zeros, {k: t.numpy() for k, t in theirs.items()})
+    chex.assert_trees_all_equal(again.params, adapter.params)
 
 
 def test_gradients_beside_a_core():
