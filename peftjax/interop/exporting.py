@@ -9,7 +9,8 @@ import numpy as np
 
 from peftjax.adapter import Adapter
 from peftjax.interop.configs import config_to
-from peftjax.interop.layouts import layouts, unsupported
+from peftjax.interop.layouts import layouts
+from peftjax.interop.limits import unsupported
 from peftjax.interop.modules import leaf_tensors
 from peftjax.interop.names import ModuleNames
 from peftjax.methods import AdaLoraConfig, HRAConfig

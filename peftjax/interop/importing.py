@@ -15,7 +15,8 @@ from peftjax.config import AdapterConfig
 from peftjax.factors import Weight, WeightSpec
 from peftjax.interop.configs import config_here, under_torch_name
 from peftjax.interop.exporting import PREFIX
-from peftjax.interop.layouts import Layout, layouts, unsupported
+from peftjax.interop.layouts import Layout, layouts
+from peftjax.interop.limits import unsupported
 from peftjax.interop.modules import LeafTensor, Module, leaf_tensors, nearest, torch_modules
 from peftjax.interop.names import ModuleNames
 from peftjax.methods import HRAConfig, IA3Config, LoHaConfig, LoraConfig

@@ -43,12 +43,13 @@ def _order(spec: WeightSpec) -> tuple[int, ...]:
     return (*channels, *spec.taps)
 
 
-def _taps(spec: WeightSpec) -> tuple[int, ...]:
+def taps_of(spec: WeightSpec) -> tuple[int, ...]:
+    """The shape of a kernel's taps; empty for what is no kernel."""
     return tuple(spec.in_shape[axis] for axis in spec.taps)
 
 
 def _channels(spec: WeightSpec) -> int:
-    return spec.in_size // math.prod(_taps(spec))
+    return spec.in_size // math.prod(taps_of(spec))
 
 
 def _flat_columns(array: np.ndarray, spec: WeightSpec) -> np.ndarray:
@@ -65,7 +66,7 @@ def _from_columns(tensor: np.ndarray, spec: WeightSpec, shape: tuple[int, ...]) 
 
 def _columns(array: np.ndarray, spec: WeightSpec) -> np.ndarray:
     r"""(\*in, r) as (r, channels, \*taps)."""
-    return _flat_columns(array, spec).reshape(array.shape[-1], _channels(spec), *_taps(spec))
+    return _flat_columns(array, spec).reshape(array.shape[-1], _channels(spec), *taps_of(spec))
 
 
 def _outs_first(array: np.ndarray, spec: WeightSpec) -> np.ndarray:
@@ -173,58 +174,6 @@ _LAYOUTS: dict[type, Callable[[Any, WeightSpec], Mapping[str, Layout]]] = {
     LoHaConfig: _loha,
     HRAConfig: _hra,
     IA3Config: _ia3,
-}
-
-
-def unsupported(config: AdapterConfig, site: Site, spec: WeightSpec, inputs_first: bool) -> str:
-    """Why torch PEFT cannot run a method on the torch module of a site; empty if it can.
-
-    Args:
-      config: the method's config.
-      site: the site.
-      spec: one of its weights.
-      inputs_first: whether the torch module is transformers' ``Conv1D``.
-    """
-    if spec.kind == "lookup" and site.is_head:
-        return "is a table and an output head at once, and torch PEFT would change the table alone"
-    name = type(config).__name__.removesuffix("Config")
-    for reason, holds in _LIMITS[type(config)].items():
-        if holds(site, spec, inputs_first):
-            return f"{reason}, which torch PEFT's {name} does not support"
-    return ""
-
-
-Limit = Callable[[Site, WeightSpec, bool], bool]
-
-_LOOKUP: dict[str, Limit] = {"is a table": lambda site, spec, _: spec.kind == "lookup"}
-_CONV1D: dict[str, Limit] = {"is transformers' Conv1D": lambda site, spec, first: first}
-_ONE_TAP_AXIS: dict[str, Limit] = {
-    "is a convolution over one axis": lambda site, spec, _: len(spec.taps) == 1
-}
-_THREE_TAP_AXES: dict[str, Limit] = {
-    "is a convolution over three axes": lambda site, spec, _: len(spec.taps) > 2
-}
-_GROUPS: dict[str, Limit] = {"is a grouped convolution": lambda site, spec, _: spec.groups > 1}
-_DILATED: dict[str, Limit] = {"is a dilated convolution": lambda site, spec, _: site.dilated}
-_SQUARE: dict[str, Limit] = {
-    "has a kernel that is not square": lambda site, spec, _: len(set(_taps(spec))) > 1
-}
-
-# What each of PEFT's methods refuses, or takes and computes wrongly.
-_LIMITS: dict[type, dict[str, Limit]] = {
-    LoraConfig: {**_GROUPS, **_DILATED},
-    AdaLoraConfig: {**_LOOKUP, **_ONE_TAP_AXIS, **_THREE_TAP_AXES},
-    LoHaConfig: {**_LOOKUP, **_CONV1D, **_THREE_TAP_AXES},
-    HRAConfig: {
-        **_LOOKUP,
-        **_CONV1D,
-        **_ONE_TAP_AXIS,
-        **_THREE_TAP_AXES,
-        **_GROUPS,
-        **_DILATED,
-        **_SQUARE,
-    },
-    IA3Config: {**_LOOKUP, **_ONE_TAP_AXIS},
 }
 
 

@@ -169,7 +169,7 @@ def set_peft_model_state_dict(
     adapter = refill(adapter, params)
     trainable = dict(adapter.params)
     for leaf, array in whole.items():
-        own = trainable[leaf.module]
-        placed = jax.device_put(array, getattr(own[leaf.leaf_name], "sharding", None))
-        trainable[leaf.module] = {**own, leaf.leaf_name: placed}
+        arrays = trainable[leaf.module]
+        placed = jax.device_put(array, getattr(arrays[leaf.leaf_name], "sharding", None))
+        trainable[leaf.module] = {**arrays, leaf.leaf_name: placed}
     return dataclasses.replace(adapter, params=trainable)

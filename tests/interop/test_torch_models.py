@@ -357,3 +357,23 @@ def test_peft_cannot_run_loha_and_hra_on_conv1d(tmp_path):
         with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn: it is transformers' Conv1D"):
             peftjax.save_pretrained(tmp_path, adapter, names=twins.names)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
+def test_lora_on_a_grouped_convolution_is_no_change_of_its_kernel(tmp_path):
+    """PEFT's A sees the channels of all groups, so nothing here computes what it computes."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=2, bias=False))
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["0"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+
+    def apply_fn(params, x):
+        dims = ("NCHW", "OIHW", "NCHW")
+        kernel = params["0"]["kernel"]
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "VALID", dimension_numbers=dims, feature_group_count=2
+        )
+
+    params = {"0": {"kernel": jnp.ones((6, 2, 3, 3))}}
+    sites = peftjax.find_sites(apply_fn, params, jnp.ones((1, 4, 5, 5)))
+    with pytest.raises(ValueError, match=r"0: it is a grouped convolution, where A .* groups"):
+        peftjax.load_pretrained(tmp_path, sites)

@@ -1,0 +1,77 @@
+"""What torch PEFT cannot run: modules that a method of its own refuses, or computes wrongly."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from peftjax.config import AdapterConfig
+from peftjax.factors import WeightSpec
+from peftjax.interop.layouts import taps_of
+from peftjax.methods import AdaLoraConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig
+from peftjax.sites import Site
+
+
+class Limit(NamedTuple):
+    """A kind of module that a method of PEFT's does not work on.
+
+    Attributes:
+      reason: what the module is, as the end of a sentence that begins with it.
+      holds: whether it is that, from its site, its weight, and whether it is a ``Conv1D``.
+    """
+
+    reason: str
+    holds: Callable[[Site, WeightSpec, bool], bool]
+
+
+def unsupported(config: AdapterConfig, site: Site, spec: WeightSpec, inputs_first: bool) -> str:
+    """Why torch PEFT cannot run a method on the torch module of a site; empty if it can.
+
+    Args:
+      config: the method's config.
+      site: the site.
+      spec: one of its weights.
+      inputs_first: whether the torch module is transformers' ``Conv1D``.
+    """
+    method = type(config).__name__.removesuffix("Config")
+    for reason, holds in (_TIED, *_LIMITS[type(config)]):
+        if holds(site, spec, inputs_first):
+            return reason.format(method=method)
+    return ""
+
+
+def _refused(what: str) -> str:
+    return f"is {what}, which torch PEFT's {{method}} does not support"
+
+
+_TIED = Limit(
+    "is a table and an output head at once, of which torch PEFT would change the table alone",
+    lambda site, spec, first: spec.kind == "lookup" and site.is_head,
+)
+_TABLE = Limit(_refused("a table"), lambda site, spec, first: spec.kind == "lookup")
+_CONV1D = Limit(_refused("transformers' Conv1D"), lambda site, spec, first: first)
+_ONE_AXIS = Limit(
+    _refused("a convolution over one axis"), lambda site, spec, first: len(spec.taps) == 1
+)
+_THREE_AXES = Limit(
+    _refused("a convolution over three axes"), lambda site, spec, first: len(spec.taps) > 2
+)
+_GROUPED = Limit(_refused("a grouped convolution"), lambda site, spec, first: spec.groups > 1)
+_NOT_SQUARE = Limit(
+    _refused("a kernel that is not square"), lambda site, spec, first: len(set(taps_of(spec))) > 1
+)
+_DILATED = Limit(
+    "is a dilated convolution, whose dilation torch PEFT's {method} forgets",
+    lambda site, spec, first: site.dilated,
+)
+_MIXED_GROUPS = Limit(
+    "is a grouped convolution, where A of torch PEFT's {method} sees the channels of all groups, "
+    "which is no change of the kernel",
+    _GROUPED.holds,
+)
+
+_LIMITS: dict[type, tuple[Limit, ...]] = {
+    LoraConfig: (_MIXED_GROUPS, _DILATED),
+    AdaLoraConfig: (_TABLE, _ONE_AXIS, _THREE_AXES),
+    LoHaConfig: (_TABLE, _CONV1D, _THREE_AXES),
+    HRAConfig: (_TABLE, _CONV1D, _ONE_AXIS, _THREE_AXES, _GROUPED, _DILATED, _NOT_SQUARE),
+    IA3Config: (_TABLE, _ONE_AXIS),
+}
