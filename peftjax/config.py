@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-import sys
 import types
 import typing
 import warnings
@@ -21,6 +20,8 @@ Targets = str | Sequence[str] | Callable[[Site], bool]
 
 # PEFT puts these in every file; none of them says anything about the weights.
 _FILE_ONLY = frozenset({"auto_mapping", "inference_mode", "peft_version"})
+
+_LARGEST = 3.4e38  # of float32; what is beyond is no scale
 
 
 class FrozenMapping(Mapping[K, V]):
@@ -337,9 +338,9 @@ def _conforms(value: Any, hint: Any) -> bool:
         return True
     if hint is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and abs(value) <= sys.float_info.max
+        return number and abs(value) <= _LARGEST
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(hint, type) and isinstance(value, hint)
 
 

@@ -28,7 +28,7 @@ class Leaf:
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
-    site: "Site | None" = dataclasses.field(default=None, repr=False)
+    site: "Site | None" = dataclasses.field(default=None, repr=False, hash=False)
 
     @property
     def module(self) -> str:
@@ -301,7 +301,8 @@ def _site(leaf: int, leaves: tuple[Leaf, ...], records: list[Record], is_head: b
         tap_axes=tuple(axis for axis in use.taps if axis in axes["in"]),
         groups=use.groups,
         dilated=use.dilated,
-        is_head=is_head,
+        # A table's own rows may be the output; only as a linear map is it a head.
+        is_head=is_head and any(r.kind != "lookup" for r in seen),
     )
     biases = {
         (leaves[r.bias].path, stacked)

@@ -114,9 +114,14 @@ def pattern_value(pattern: Mapping[str, T], site: Site, default: T, layer: int |
     """
     names = (site.name, *(() if layer is None else layer_names(site, layer)))
     for key, value in pattern.items():
-        if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+        if any(_at_the_end(key)(name) for name in names):
             return value
     return next((pattern[name] for name in names if name in pattern), default)
+
+
+@functools.lru_cache(maxsize=65536)  # more than re remembers: a pattern may name every module
+def _at_the_end(key: str) -> Callable[[str], object]:
+    return re.compile(rf"(.*\.)?({key})$").match
 
 
 def is_named(names: str | Sequence[str], site: Site, layer: int | None = None) -> bool:
