@@ -25,9 +25,10 @@ class Command(Protocol):
 
 def _commands() -> dict[str, type]:
     """The subcommands by name."""
+    from peftjax.cli.convert import Convert
     from peftjax.cli.options import Quickstart
 
-    return {"quickstart": Quickstart}
+    return {"quickstart": Quickstart, "convert": Convert}
 
 
 def _parse(arguments: Sequence[str]) -> Command:
@@ -48,6 +49,7 @@ def _parse(arguments: Sequence[str]) -> Command:
         "Adapt frozen JAX models with small trainable adapters.\n\n"
         "Start here:\n"
         "  peftjax quickstart          fine-tunes a real model on real text in minutes\n"
+        "  peftjax convert             brings an adapter to torch PEFT or back, or merges it\n"
         "  peftjax COMMAND --help      explains the flags of a command"
     )
     parsed = tyro.cli(union, prog="peftjax", description=description, args=list(arguments))

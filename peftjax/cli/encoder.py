@@ -63,7 +63,7 @@ def load(directory: Path) -> tuple[Encoder, Params]:
     """
     import transformers
 
-    with _quiet(transformers.utils.logging):
+    with quiet(transformers.utils.logging):
         try:
             model = transformers.FlaxAutoModel.from_pretrained(directory, local_files_only=True)
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -76,7 +76,7 @@ def load(directory: Path) -> tuple[Encoder, Params]:
 
 
 @contextlib.contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
+def quiet(logging: Any) -> Iterator[None]:
     """Silences transformers' advice and loading bars for the time of a block."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
