@@ -119,6 +119,20 @@ def pattern_value(pattern: Mapping[str, T], site: Site, default: T, layer: int |
     return next((pattern[name] for name in names if name in pattern), default)
 
 
+def exact_names(sites: Iterable[Site]) -> tuple[str, ...]:
+    """The names for ``target_modules`` that mean these sites, and of stacks the selected layers."""
+    names: list[str] = []
+    for site in sites:
+        layers = site.layers
+        names += [site.name] if layers is None else [layer_names(site, i)[0] for i in layers]
+    return tuple(names)
+
+
+def exact_key(name: str) -> str:
+    """The key of a ``rank_pattern`` or ``alpha_pattern`` that means one module alone."""
+    return "^" + re.escape(name)
+
+
 @functools.lru_cache(maxsize=65536)  # more than re remembers: a pattern may name every module
 def _at_the_end(key: str) -> Callable[[str], object]:
     return re.compile(rf"(.*\.)?({key})$").match

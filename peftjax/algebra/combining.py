@@ -8,13 +8,14 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from peftjax.adapter import Adapter
-from peftjax.algebra.lowrank import Pair, best_factors, best_product, exact_names, plain_lora
+from peftjax.algebra.lowrank import Pair, best_factors, best_product, plain_lora
 from peftjax.algebra.sparsity import SIGNS, SPARSE, Rule
 from peftjax.attach import as_sequence
 from peftjax.config import AdapterConfig
 from peftjax.methods.ia3 import IA3Config
 from peftjax.methods.lora import LoraConfig
 from peftjax.sites import Leaf, Site, Sites
+from peftjax.targeting import exact_names
 from peftjax.unstacking import Part, Single, indices, restack, unstack
 
 _TYPES = ("linear", "cat", "svd", *SPARSE, *(f"{rule}_svd" for rule in SPARSE))
@@ -282,7 +283,7 @@ def _fields(adapters: Sequence[Adapter], sites: Sites) -> dict[str, Any]:
     fields = {f.name: getattr(configs[0], f.name) for f in dataclasses.fields(AdapterConfig)}
     alike = all(getattr(config, name) == fields[name] for config in configs for name in _TARGETING)
     if not alike or any(adapter.sites.sites != sites.sites for adapter in adapters):
-        fields |= {**dict.fromkeys(_TARGETING), "target_modules": exact_names(sites)}
+        fields |= {**dict.fromkeys(_TARGETING), "target_modules": exact_names(sites.values())}
     whole = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())
     return fields | {"modules_to_save": tuple(whole) or None}
 

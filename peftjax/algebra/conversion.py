@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from peftjax.adapter import Adapter, check_leaves, site_arrays
-from peftjax.algebra.lowrank import Pair, best_factors, best_product, exact_names, plain_lora
+from peftjax.algebra.lowrank import Pair, best_factors, best_product, plain_lora
 from peftjax.attach import attach
 from peftjax.changes import bias_change
 from peftjax.config import AdapterConfig
@@ -20,6 +20,7 @@ from peftjax.factors import Arrays, Change, Factors, Weight, accumulation_dtype
 from peftjax.methods.lora import LoraConfig
 from peftjax.sites import Leaf, Site, Sites
 from peftjax.stacks import stacked_weight
+from peftjax.targeting import exact_names
 from peftjax.trees import leaf_paths
 from peftjax.unstacking import Part, Single, indices, unstack
 
@@ -152,7 +153,7 @@ def pad_ranks(adapter: Adapter, target_rank: int) -> Adapter:
     fields: dict[str, Any] = dict.fromkeys(known & _RANK_FIELDS, target_rank)
     fields |= {name: getattr(config, name) for name in known & _PROGRAM_FIELDS}
     fields |= dict.fromkeys(known & {"init_weights"}, False)  # True warns of odd ranks
-    config = type(config)(target_modules=exact_names(adapter.sites), **fields)
+    config = type(config)(target_modules=exact_names(adapter.sites.values()), **fields)
     return adapter.replace(params=params, buffers=buffers, config=config)
 
 

@@ -1,7 +1,6 @@
 """Plain LoRA adapters put together out of the factors of single weights."""
 
 import collections
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from peftjax.adapter import Adapter
 from peftjax.factors import Arrays
 from peftjax.methods.lora import LoraConfig
 from peftjax.sites import Leaf, Site, Sites
-from peftjax.targeting import layer_names
+from peftjax.targeting import exact_key, layer_names
 from peftjax.unstacking import Part, indices
 
 Matrix = np.ndarray
@@ -88,15 +87,6 @@ def _stacked(
     return arrays
 
 
-def exact_names(sites: Sites) -> tuple[str, ...]:
-    """The names for ``target_modules`` that mean these sites and no other layers of them."""
-    names: list[str] = []
-    for site in sites.values():
-        layers = site.layers
-        names += [site.name] if layers is None else [layer_names(site, i)[0] for i in layers]
-    return tuple(names)
-
-
 def best_product(a: Matrix, b: Matrix, kept: int | float) -> Pair:
     """The best factors of lower rank of a product, which is never built.
 
@@ -141,5 +131,4 @@ def _rank_fields(sites: Sites, ranks: Mapping[Part, int]) -> tuple[int, dict[str
             named[name] = next(iter(own.values()))
         else:
             named |= {layer_names(sites[name], i)[0]: rank for i, rank in own.items()}
-    # A key matches the end of a path: anchored and escaped, it matches one path alone.
-    return common, {f"^{re.escape(n)}": rank for n, rank in named.items() if rank != common}
+    return common, {exact_key(name): rank for name, rank in named.items() if rank != common}

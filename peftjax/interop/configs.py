@@ -15,7 +15,14 @@ from peftjax.interop.names import ModuleNames
 from peftjax.methods import AdaLoraConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig
 from peftjax.methods.adalora import pattern_key
 from peftjax.sites import Leaf, Site, Sites
-from peftjax.targeting import is_within, pattern_value, saved_leaves
+from peftjax.targeting import (
+    exact_key,
+    exact_names,
+    is_within,
+    layer_names,
+    pattern_value,
+    saved_leaves,
+)
 from peftjax.unstacking import Part, Single
 
 PEFT_VERSION = "0.21.2"  # whose files these are
@@ -61,11 +68,6 @@ def config_to(
     return fields
 
 
-def exact(name: str) -> str:
-    """The key of a ``rank_pattern`` or ``alpha_pattern`` that means one module alone."""
-    return "^" + re.escape(name)
-
-
 def _rank(single: Single, name: str) -> int:
     return single.params[name].shape[-1]
 
@@ -80,7 +82,7 @@ def _write_low_rank(
     default = getattr(config, own)
     ranks, alphas = {}, {}
     for part, single in singles.items():
-        rank, key = _rank(single, array), exact(torch[part])
+        rank, key = _rank(single, array), exact_key(torch[part])
         layer = part[1][0] if part[1] else None
         alpha = pattern_value(config.alpha_pattern, single.site, default, layer)
         root = isinstance(config, LoraConfig) and config.use_rslora
@@ -219,12 +221,12 @@ def config_here(
 Stacks = Mapping[str, list[Module]]
 
 
-def _named(members: list[Module]) -> list[str]:
+def _named(members: list[Module]) -> tuple[str, ...]:
     """The name of a site, or those of some of its layers."""
     site = members[0].site
     layers = sorted({member.index[0] for member in members if member.index})
     whole = not layers or len(layers) == site.full_stack_shape[0]
-    return [site.name] if whole else [f"{site.name}.{layer}" for layer in layers]
+    return exact_names([site if whole else dataclasses.replace(site, layers=tuple(layers))])
 
 
 def _read_low_rank(config: Any, stacks: Stacks) -> dict[str, Any]:
@@ -253,7 +255,8 @@ def _by_module(config: Any, field: str, usual: str, stacks: Stacks) -> dict[str,
             values = {(): next(iter(values.values()))}
         for index, value in values.items():
             if value != default:
-                own[exact(f"{name}.{index[0]}" if index else name)] = value
+                site = members[0].site
+                own[exact_key(layer_names(site, index[0])[0] if index else name)] = value
     return own
 
 
@@ -305,7 +308,7 @@ def _read_ia3(config: IA3Config, stacks: Stacks) -> dict[str, Any]:
                 f"`feedforward_modules` names some of the layers that are stacked in {name!r}, "
                 f"whose scales would differ in shape"
             )
-        feedforward += _named(members) if flags == {True} else []
+        feedforward += _named(members) if flags == {True} else ()
     others = (each for members in stacks.values() for each in _named(members))
     return {"feedforward_modules": _alone(feedforward, set(others).difference(feedforward))}
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -19,31 +19,17 @@ from peftjax.interop.layouts import Layout, layouts
 from peftjax.interop.limits import unsupported
 from peftjax.interop.modules import LeafTensor, Module, leaf_tensors, nearest, torch_modules
 from peftjax.interop.names import ModuleNames
+from peftjax.interop.stored import Stored, misfits, refuse, two_halves
+from peftjax.interop.whole import filled, find_whole, is_saved
 from peftjax.methods import HRAConfig, IA3Config, LoHaConfig, LoraConfig
 from peftjax.sites import Leaf, Site, Sites
-from peftjax.targeting import bias_leaves, is_within, targeted
+from peftjax.targeting import targeted
 from peftjax.trees import leaf_paths
 from peftjax.unstacking import Part, restack
 
 V = TypeVar("V")
 
-_MOST = 12  # problems shown
 _COPIES = re.compile(r"(?<=\.)(?:original_module|modules_to_save)\.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A tensor that is not read yet.
-
-    Attributes:
-      shape: its shape.
-      dtype: its dtype, by its NumPy name.
-      read: reads it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    read: Callable[[], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +39,6 @@ class Slot:
     module: Module
     name: str
     layout: Layout
-
-
-def refuse(what: str, problems: Iterable[str], remedy: str) -> None:
-    """Raises a ValueError that lists the problems, if there are any."""
-    problems = list(dict.fromkeys(problems))
-    if problems:
-        more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
-        listed = "\n  ".join([*problems[:_MOST], *more])
-        raise ValueError(f"{what}; {remedy}:\n  {listed}")
 
 
 def read_adapter(
@@ -103,12 +80,14 @@ def read_adapter(
     shapes: dict[str, tuple[int, ...]] = {}
     tensors: dict[Leaf, list[LeafTensor]] = {}
     if chosen:
-        saved = [t for t in model.tensors if _saves(config, t)]
+        saved = [t for t in model.tensors if is_saved(config, t)]
         here = config_here(config, chosen.values(), dict.fromkeys(t.leaf for t in saved))
         shapes, wrong = _expected(config, here, chosen, found)
         problems += wrong
         selected = _selected(chosen.values())
-        tensors, wrong = _whole(model, here, selected, saved, chosen, found, params)
+        tensors, wrong = find_whole(
+            model.tensors, sites, here, selected, saved, chosen, found, params
+        )
         problems += wrong
     what = f"this {type(config).__name__.removesuffix('Config')} adapter does not fit the model"
     refuse(what, problems, "load it for the model it was made for, or mend names=")
@@ -123,7 +102,7 @@ def read_adapter(
         if isinstance(config, HRAConfig) and config.apply_GS:
             tensor = _orthonormal(slot.module.name, tensor)
         arrays.setdefault(slot.module.part, {})[slot.name] = tensor
-    whole = {leaf: _filled(leaf, own, found, base) for leaf, own in tensors.items()}
+    whole = {leaf: filled(leaf, own, found, base) for leaf, own in tensors.items()}
     scaling = _scales(config, here, chosen.values())
     return restack(here, selected, arrays, scaling=scaling, saved=whole, leaves=base)
 
@@ -282,8 +261,8 @@ def _expected(
             shapes[key] = own[name]
             dtypes.setdefault(module.site.name, set()).add(found[key].dtype)
             wanted = _laid_shape(layout, own[name], module.spec, found[key].shape)
-            problems += _misfits(key, found[key], wanted)
-    return shapes, [*problems, *_two_halves(dtypes)]
+            problems += misfits(key, found[key], wanted)
+    return shapes, [*problems, *two_halves(dtypes)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -312,26 +291,6 @@ def _laid_shape(
     return jax.eval_shape(lambda array: layout.there(array, spec), array).shape
 
 
-def _two_halves(dtypes: Mapping[str, Container[str]]) -> list[str]:
-    """What comes in both dtypes of half precision, neither of which holds the other."""
-    return [
-        f"{name}: some of its tensors are float16 and others bfloat16: give them one dtype"
-        for name, own in dtypes.items()
-        if "float16" in own and "bfloat16" in own
-    ]
-
-
-def _misfits(key: str, tensor: Stored, wanted: tuple[int, ...]) -> list[str]:
-    problems = []
-    if tensor.shape != wanted:
-        problems.append(f"{key}: shape {tensor.shape} instead of {wanted}")
-    if tensor.dtype not in ("float16", "bfloat16", "float32", "float64"):
-        problems.append(f"{key}: {tensor.dtype} is no dtype of an adapter")
-    elif tensor.dtype == "float64" and not jax.config.read("jax_enable_x64"):
-        problems.append(f"{key}: float64, which JAX has with jax_enable_x64 alone")
-    return problems
-
-
 def _settings(config: AdapterConfig, here: AdapterConfig, module: Module) -> Any:
     """What a method is told about one torch module, the experts of a layer told apart."""
     if not isinstance(config, IA3Config):
@@ -348,88 +307,6 @@ def _scales(
     if not isinstance(config, LoraConfig | LoHaConfig) or all(len(m.index) < 2 for m in chosen):
         return None
     return {module.part: _settings(config, here, module).scaling for module in chosen}
-
-
-def _saves(config: AdapterConfig, tensor: LeafTensor) -> bool:
-    return any(is_within(entry, tensor.module) for entry in config.modules_to_save or ())
-
-
-def _whole(
-    model: _Model,
-    config: AdapterConfig,
-    selected: Sites,
-    saved: Iterable[LeafTensor],
-    chosen: Mapping[str, Module],
-    found: Mapping[str, Stored],
-    params: Any,
-) -> tuple[dict[Leaf, list[LeafTensor]], list[str]]:
-    """The whole arrays that the file has, each with all its tensors, and what is wrong."""
-    parts = {module.part for module in chosen.values()}
-    bias = getattr(config, "bias", "none")
-    biases = {leaf.path for leaf in bias_leaves(bias, model.sites, selected)}
-    needed = {tensor.key for tensor in saved} | {
-        tensor.key
-        for tensor in model.tensors
-        if tensor.leaf.path in biases and (bias == "all" or tensor.part in parts)
-    }
-    there: dict[Leaf, list[LeafTensor]] = {}
-    dtypes: dict[str, set[str]] = {}
-    problems = []
-    for tensor in model.tensors:
-        key = _key(tensor, found)
-        if key is not None and not _is_rest(config, tensor, parts):
-            there.setdefault(tensor.leaf, [])
-            dtypes.setdefault(tensor.leaf.path, set()).add(found[key].dtype)
-            problems += _misfits(key, found[key], tensor.shape)
-        elif tensor.key in needed:
-            wrapped = tensor.part in parts
-            problems.append(f"{tensor.wrapped_key if wrapped else tensor.key}: it is missing")
-    for tensor in model.tensors:
-        if tensor.leaf in there:
-            there[tensor.leaf].append(tensor)
-            if _key(tensor, found) is not None or tensor.key in needed:
-                continue
-            if params is not None:
-                dtypes[tensor.leaf.path].add(tensor.leaf.dtype.name)
-            else:
-                problems.append(
-                    f"{tensor.key}: the file has other layers of {tensor.leaf.path} alone: pass "
-                    f"params, for the rest"
-                )
-    return there, [*problems, *_two_halves(dtypes)]
-
-
-def _is_rest(config: AdapterConfig, tensor: LeafTensor, parts: Container[Part]) -> bool:
-    """Whether a tensor is what a start taken out of a weight left of it, which params tell too.
-
-    PEFT writes the weight of an adapted embedding or output head along with its adapter.
-    """
-    site = tensor.leaf.site
-    weight = site is not None and site.path == tensor.leaf.path and tensor.part in parts
-    return weight and config.method.buffers_read_weight(config)
-
-
-def _key(tensor: LeafTensor, found: Mapping[str, Stored]) -> str | None:
-    """The key that a tensor has in a file, if it is there."""
-    return next((key for key in (tensor.wrapped_key, tensor.key) if key in found), None)
-
-
-def _filled(
-    leaf: Leaf,
-    tensors: Sequence[LeafTensor],
-    found: Mapping[str, Stored],
-    base: Mapping[str, Any] | None,
-) -> np.ndarray:
-    """A whole array out of its tensors, and out of the base where there are none."""
-    read = {tensor: found[key].read() for tensor in tensors if (key := _key(tensor, found))}
-    dtypes = [each.dtype for each in read.values()]
-    if base is not None and len(read) < len(tensors):
-        dtypes.append(base[leaf.path].dtype)
-    dtype = np.result_type(*dtypes)
-    array = np.empty(leaf.shape, dtype) if base is None else np.array(base[leaf.path], dtype)
-    for tensor, value in read.items():
-        tensor.put(array, value)
-    return array
 
 
 def _orthonormal(name: str, u: np.ndarray) -> np.ndarray:

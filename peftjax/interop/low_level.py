@@ -12,10 +12,11 @@ from peftjax.adapt import adapt
 from peftjax.adapter import Adapter, init_adapter
 from peftjax.config import AdapterConfig
 from peftjax.interop.exporting import export, usual_scale
-from peftjax.interop.importing import refuse, without_prefix
+from peftjax.interop.importing import without_prefix
 from peftjax.interop.layouts import layouts
 from peftjax.interop.modules import leaf_tensors
 from peftjax.interop.names import ModuleNames
+from peftjax.interop.stored import refuse
 from peftjax.methods import AdaLoraConfig, HRAConfig
 from peftjax.sites import find_sites
 from peftjax.unstacking import Part, refill, unstack

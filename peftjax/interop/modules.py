@@ -115,7 +115,8 @@ class LeafTensor:
         if site is None:
             return own
         if self.leaf.path != site.path:
-            return own.reshape(site.out_size)
+            # What lies apart from its weight has a shape of its own there.
+            return own if self.part is None else own.reshape(site.out_size)
         return weight_there(own, site, weight_spec(site, site.dtype), self.inputs_first)
 
     def put(self, array: np.ndarray, tensor: np.ndarray) -> None:

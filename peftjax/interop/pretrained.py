@@ -14,8 +14,9 @@ from safetensors.numpy import save_file
 
 from peftjax.adapter import Adapter
 from peftjax.interop.exporting import export
-from peftjax.interop.importing import Stored, read_adapter, refuse
+from peftjax.interop.importing import read_adapter
 from peftjax.interop.names import ModuleNames
+from peftjax.interop.stored import Stored, refuse
 from peftjax.methods import config_from
 from peftjax.sites import Sites
 
