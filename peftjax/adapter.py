@@ -120,7 +120,8 @@ def init_adapter(
     for path, leaf in saved.items():
         trainable.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.array(leaves[path])
     _warn_unmatched(config, chosen)
-    return Adapter(trainable, frozen, None, config, Sites(chosen.sites), tuple(saved.values()))
+    known = sites.only(chosen.sites)
+    return Adapter(trainable, frozen, None, config, known, tuple(saved.values()))
 
 
 def site_arrays(adapter: Adapter, site: Site) -> tuple[Arrays, Arrays]:

@@ -160,6 +160,8 @@ class Sites(Mapping[str, Site]):
       sites: the sites, in the order of the params tree.
       leaves: every array of the params tree, linear or not.
       uses: what the trace saw of each site, by name.
+      others: of an adapter's sites, those of the model that it does not adapt: names in its files
+        must not mean them.
     """
 
     sites: tuple[Site, ...]
@@ -167,6 +169,7 @@ class Sites(Mapping[str, Site]):
     uses: tuple[tuple[str, tuple[Use, ...]], ...] = dataclasses.field(
         default=(), repr=False, compare=False
     )
+    others: tuple[Site, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Site:
         return self._by_name[name]
@@ -179,6 +182,18 @@ class Sites(Mapping[str, Site]):
 
     def __hash__(self) -> int:
         return self._hash
+
+    def only(self, chosen: tuple[Site, ...]) -> "Sites":
+        """Some of these sites, perhaps with some of their layers, for an adapter to know."""
+        adapted = {site.name: site.layers for site in chosen}
+        others = []
+        for site in self.sites:
+            if site.name not in adapted:
+                others.append(site)
+            elif adapted[site.name] is not None:
+                rest = set(range(site.full_stack_shape[0])).difference(adapted[site.name] or ())
+                others.append(dataclasses.replace(site, layers=tuple(sorted(rest))))
+        return Sites(chosen, others=tuple(others))
 
     @functools.cached_property
     def _hash(self) -> int:

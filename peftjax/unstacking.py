@@ -128,7 +128,7 @@ def restack(
             frozen[site.name]["scaling"] = jnp.asarray(scales, like.dtype).reshape(like.shape)
     for leaf, value in (saved or {}).items():
         trainable.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.asarray(value)
-    return Adapter(trainable, frozen, None, config, Sites(sites.sites), tuple(saved or ()))
+    return Adapter(trainable, frozen, None, config, sites, tuple(saved or ()))
 
 
 def _site_arrays(

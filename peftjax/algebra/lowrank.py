@@ -53,7 +53,7 @@ def plain_lora(
         )
     for leaf, value in (saved or {}).items():
         params.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.asarray(value)
-    return Adapter(params, buffers, None, config, Sites(sites.sites), tuple(saved or ()))
+    return Adapter(params, buffers, None, config, sites, tuple(saved or ()))
 
 
 def _width(dtype: Any) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from peftjax.adapter import Adapter
 from peftjax.config import AdapterConfig, thaw
-from peftjax.interop.modules import Module, leaf_tensors
+from peftjax.interop.modules import Module, leaf_tensors, torch_modules
 from peftjax.interop.names import ModuleNames
 from peftjax.methods import AdaLoraConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig
 from peftjax.methods.adalora import pattern_key
@@ -52,7 +52,7 @@ def config_to(
         "auto_mapping": None,
         "inference_mode": True,
         "base_model_name_or_path": base_model_name_or_path or config.base_model_name_or_path,
-        "target_modules": list(torch.values()),
+        "target_modules": _meaning(list(torch.values()), ".", _others(adapter, names)),
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -149,13 +149,25 @@ def _write_ia3(
         for part, single in singles.items()
         if max(single.params["ia3_l"].shape[: len(single.spec.in_shape)]) > 1
     ]
-    return {"feedforward_modules": _alone(inner, set(torch.values()).difference(inner))}
+    return {"feedforward_modules": _meaning(inner, "", set(torch.values()).difference(inner))}
 
 
-def _alone(names: list[str], others: Iterable[str]) -> str | list[str]:
-    """Names that mean no other module: as a regular expression if another ends with one."""
-    ambiguous = any(other.endswith(tuple(names)) for other in others)
+def _meaning(names: list[str], before: str, others: Iterable[str]) -> str | list[str]:
+    """Names that mean no other module: as a regular expression if another ends with one.
+
+    Args:
+      names: the names in full.
+      before: what has to stand before an end of a name for PEFT to take it for one of these.
+      others: the names of other modules.
+    """
+    ends = tuple(before + name for name in names)
+    ambiguous = any(other.endswith(ends) for other in others)
     return "|".join(map(re.escape, names)) if ambiguous else names
+
+
+def _others(adapter: Adapter, names: ModuleNames) -> list[str]:
+    """Torch's names of the modules that an adapter does not adapt, as far as they have some."""
+    return list(torch_modules(Sites(adapter.sites.others), names, []))
 
 
 _WRITERS: dict[type, Callable[[Any, Mapping[Part, Single], Mapping[Part, str]], dict[str, Any]]] = {
@@ -310,7 +322,7 @@ def _read_ia3(config: IA3Config, stacks: Stacks) -> dict[str, Any]:
             )
         feedforward += _named(members) if flags == {True} else ()
     others = (each for members in stacks.values() for each in _named(members))
-    return {"feedforward_modules": _alone(feedforward, set(others).difference(feedforward))}
+    return {"feedforward_modules": _meaning(feedforward, "", set(others).difference(feedforward))}
 
 
 _READERS: dict[type, Callable[[Any, Stacks], dict[str, Any]]] = {

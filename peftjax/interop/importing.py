@@ -84,7 +84,7 @@ def read_adapter(
         here = config_here(config, chosen.values(), dict.fromkeys(t.leaf for t in saved))
         shapes, wrong = _expected(config, here, chosen, found)
         problems += wrong
-        selected = _selected(chosen.values())
+        selected = sites.only(_selected(chosen.values()))
         tensors, wrong = find_whole(
             model.tensors, sites, here, selected, saved, chosen, found, params
         )
@@ -204,7 +204,7 @@ def _left_out(model: _Model, config: AdapterConfig, chosen: Mapping[str, Module]
     ]
 
 
-def _selected(chosen: Iterable[Module]) -> Sites:
+def _selected(chosen: Iterable[Module]) -> tuple[Site, ...]:
     """The sites that are adapted, with the layers that are."""
     layers: dict[str, set[int]] = {}
     sites: dict[str, Site] = {}
@@ -216,7 +216,7 @@ def _selected(chosen: Iterable[Module]) -> Sites:
         own = tuple(sorted(layers[name]))
         whole = not own or len(own) == site.full_stack_shape[0]
         selected.append(site if whole else dataclasses.replace(site, layers=own))
-    return Sites(tuple(selected))
+    return tuple(selected)
 
 
 def _expected(

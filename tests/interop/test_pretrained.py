@@ -987,3 +987,37 @@ def test_absent_and_pickled_files(tmp_path):
     (tmp_path / "adapter_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match=TENSORS):
         load_pretrained(tmp_path, sites, names=NAMES)
+
+
+def test_a_name_that_ends_others_is_written_so_that_it_does_not_mean_them(tmp_path):
+    """PEFT's lists match ends of names: `up` alone would mean `mlp.up` too."""
+
+    def apply_fn(params, x):
+        x = jnp.tanh(x @ params["up"]["kernel"])
+        x, _ = jax.lax.scan(
+            lambda x, k: (jnp.tanh(x @ k), None), x, params["layers"]["up"]["kernel"]
+        )
+        return x @ params["mlp"]["up"]["kernel"]
+
+    square = {"kernel": normal(5, 5)}
+    params = {"up": square, "mlp": {"up": square}, "layers": {"up": {"kernel": normal(3, 5, 5)}}}
+    sites = peftjax.find_sites(apply_fn, params, normal(2, 5))
+    rules = (("layers.{x}", "layers.{i}.{x}"), ("{*x}", "{*x}"))
+    names = peftjax.ModuleNames(rules)
+    config = peftjax.LoraConfig(r=2, lora_alpha=5, target_modules="up|layers.1.up")
+    adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
+    save_pretrained(tmp_path / "some", adapter, names=names)
+    assert (
+        json.loads((tmp_path / "some" / "adapter_config.json").read_text())["target_modules"]
+        == r"layers\.1\.up|up"
+    )
+    again = load_pretrained(tmp_path / "some", sites, names=names)
+    assert again.params.keys() == adapter.params.keys() == {"up", "layers.up"}
+    assert again.sites["layers.up"].layers == (1,)
+
+    config = peftjax.LoraConfig(r=2, lora_alpha=5, target_modules=["mlp.up"])
+    adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
+    save_pretrained(tmp_path / "one", adapter, names=names)
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"] == [
+        "mlp.up"
+    ]
