@@ -129,9 +129,9 @@ def check(options: Convert) -> Source:
                 "its model look like in JAX: add --model DIR"
             )
     _check_flags(options, source)
+    _check_out(options, source)
     if options.model is not None:
         _check_model(options.model)
-    _check_out(options, source)
     return source
 
 
