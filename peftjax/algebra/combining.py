@@ -249,7 +249,8 @@ def _union(adapters: Sequence[Adapter]) -> Sites:
     every = list(found.values())
     if len(found) > len(adapters[0].sites):
         every.sort(key=lambda site: site.path.split("."))  # the order of a tree of dicts
-    return Sites(tuple(every))
+    others = (site for site in adapters[0].sites.others if site.name not in found)
+    return Sites(tuple(every), others=tuple(others))
 
 
 def _weight(site: Site) -> tuple[Any, ...]:

@@ -10,11 +10,11 @@ import numpy as np
 
 from peftjax.adapter import Adapter
 from peftjax.config import AdapterConfig, thaw
-from peftjax.interop.modules import Module, leaf_tensors, torch_modules
+from peftjax.interop.modules import LeafTensor, Module, leaf_tensors, torch_modules
 from peftjax.interop.names import ModuleNames
 from peftjax.methods import AdaLoraConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig
 from peftjax.methods.adalora import pattern_key
-from peftjax.sites import Leaf, Site, Sites
+from peftjax.sites import Site, Sites
 from peftjax.targeting import (
     exact_key,
     exact_names,
@@ -202,23 +202,20 @@ def _container(entry: str, module: str) -> str:
 
 
 def config_here(
-    config: AdapterConfig, chosen: Collection[Module], saved: Iterable[Leaf]
+    config: AdapterConfig, chosen: Collection[Module], saved: Iterable[LeafTensor]
 ) -> AdapterConfig:
     """A config under our names, from one under torch's.
 
     Args:
       config: the config as a file says it.
       chosen: the torch modules that are adapted.
-      saved: the leaves that ``modules_to_save`` means.
+      saved: the tensors that ``modules_to_save`` means.
     """
     stacks: dict[str, list[Module]] = {}
     for module in chosen:
         stacks.setdefault(module.site.name, []).append(module)
     targets = [name for members in stacks.values() for name in _named(members)]
-    modules = dict.fromkeys(
-        leaf.site.name if leaf.site and leaf.site.path == leaf.path else leaf.module
-        for leaf in saved
-    )
+    modules = dict.fromkeys(_container_here(config, tensor) for tensor in saved)
     changes: dict[str, Any] = {
         "target_modules": targets,
         "exclude_modules": None,
@@ -228,6 +225,18 @@ def config_here(
     }
     reader = _READERS.get(type(config))
     return dataclasses.replace(config, **changes, **(reader(config, stacks) if reader else {}))
+
+
+def _container_here(config: AdapterConfig, tensor: LeafTensor) -> str:
+    """Our name of the module that an entry of ``modules_to_save`` names in torch.
+
+    Where what lies in it goes by the same names here; otherwise that of the tensor's own module.
+    """
+    leaf, site = tensor.leaf, tensor.leaf.site
+    here = site.name if site is not None and site.path == leaf.path else leaf.module
+    entry = next(e for e in config.modules_to_save or () if is_within(e, tensor.module))
+    inside = tensor.module.removeprefix(_container(entry, tensor.module))
+    return here.removesuffix(inside)
 
 
 Stacks = Mapping[str, list[Module]]

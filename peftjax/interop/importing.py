@@ -81,7 +81,7 @@ def read_adapter(
     tensors: dict[Leaf, list[LeafTensor]] = {}
     if chosen:
         saved = [t for t in model.tensors if is_saved(config, t)]
-        here = config_here(config, chosen.values(), dict.fromkeys(t.leaf for t in saved))
+        here = config_here(config, chosen.values(), saved)
         shapes, wrong = _expected(config, here, chosen, found)
         problems += wrong
         selected = sites.only(_selected(chosen.values()))
@@ -178,6 +178,7 @@ def _unknown(model: _Model, found: Mapping[str, Stored]) -> list[str]:
             continue
         ends = sorted((s for s in suffixes if key.endswith(f".{s}")), key=len)
         module = key.removesuffix(f".{ends[-1]}") if ends else key
+        module = module.removesuffix(".base_layer")
         if module in model.modules:
             problems.append(f"{key}: no tensor of this method for such a module")
         elif model.modules:

@@ -254,15 +254,21 @@ def files(directory):
     return config, safetensors.load_file(directory / "adapter_model.safetensors")
 
 
-def with_torch_adapter(twins, method, parts):
-    """Torch's model with an adapter of random numbers, as PEFT makes it."""
-    model = peft.get_peft_model(twins.fresh(), config_of(peft, method, parts)).eval()
+def draw_torch(model):
+    """Draws what an adapter of torch's trains with std 0.3; returns where the numbers came from."""
     rng = np.random.default_rng(2)
     for name, tensor in model.named_parameters():
         if "magnitude" in name:
             tensor.data *= torch.tensor(rng.uniform(0.5, 1.5, tensor.shape), dtype=tensor.dtype)
         elif tensor.requires_grad:
             tensor.data = torch.tensor(rng.normal(0, 0.3, tensor.shape), dtype=tensor.dtype)
+    return rng
+
+
+def with_torch_adapter(twins, method, parts):
+    """Torch's model with an adapter of random numbers, as PEFT makes it."""
+    model = peft.get_peft_model(twins.fresh(), config_of(peft, method, parts)).eval()
+    rng = draw_torch(model)
     if method == "adalora_pruned":
         kept = {}
         for name, tensor in model.named_parameters():
@@ -377,3 +383,24 @@ def test_lora_on_a_grouped_convolution_is_no_change_of_its_kernel(tmp_path):
     sites = peftjax.find_sites(apply_fn, params, jnp.ones((1, 4, 5, 5)))
     with pytest.raises(ValueError, match=r"0: it is a grouped convolution, where A .* groups"):
         peftjax.load_pretrained(tmp_path, sites)
+
+
+def test_a_task_for_which_peft_saves_whole_modules(tmp_path):
+    """For a classifier PEFT saves modules named so, whole and whether they are there or not."""
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 49}
+    config = transformers.RobertaConfig(**{**SIZES, "max_position_embeddings": 60}, **off)
+    make = of_transformers("RobertaForSequenceClassification", config, ["classifier", "out_proj"])
+    twins = make(targets=["query", "value"])
+    model = peft.get_peft_model(twins.fresh(), peft.LoraConfig(**LORA, task_type="SEQ_CLS")).eval()
+    draw_torch(model)
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = peftjax.load_pretrained(tmp_path / "theirs", twins.sites, names=twins.names)
+    assert adapter.config.modules_to_save == ("classifier",)
+    assert set(adapter.params) >= {"classifier.dense", "classifier.out_proj"}
+    wanted = twins.logits(model)
+    np.testing.assert_allclose(twins.logits_here(adapter), wanted, rtol=0, atol=TOLERANCE)
+
+    peftjax.save_pretrained(tmp_path / "ours", adapter, names=twins.names)
+    again = peft.PeftModel.from_pretrained(twins.fresh(), tmp_path / "ours").eval()
+    assert isinstance(again, peft.PeftModelForSequenceClassification)
+    np.testing.assert_allclose(twins.logits(again), wanted, rtol=0, atol=TOLERANCE)
