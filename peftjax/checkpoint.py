@@ -109,15 +109,7 @@ def _as_written(directory: Path) -> Adapter:
             for name in (_CONFIG, _STRUCTURE)
         )
         sites = Sites(tuple(_site(record) for record in structure["sites"]))
-        saved = tuple(
-            Leaf(
-                **{
-                    **_values(record),
-                    "site": None if record["site"] is None else _site(record["site"]),
-                }
-            )
-            for record in structure["saved"]
-        )
+        saved = tuple(_leaf(record) for record in structure["saved"])
         arrays: Any = {
             part: {
                 module: {
@@ -138,6 +130,11 @@ def _as_written(directory: Path) -> Adapter:
 
 def _site(record: Mapping[str, Any]) -> Site:
     return Site(**_values(record))
+
+
+def _leaf(record: Mapping[str, Any]) -> Leaf:
+    site = None if record["site"] is None else _site(record["site"])
+    return Leaf(**_values(record) | {"site": site})
 
 
 def _values(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,29 +74,37 @@ def _trimmed(
     return trimmed
 
 
-def refill(adapter: Adapter, params: Mapping[Part, Mapping[str, np.ndarray]]) -> Adapter:
+def refill(
+    adapter: Adapter,
+    params: Mapping[Part, Mapping[str, np.ndarray]],
+    saved: Mapping[Leaf, np.ndarray],
+) -> Adapter:
     """An adapter with other trainable arrays for some of its weights, where the old ones lie.
 
     Args:
       adapter: the adapter.
       params: the arrays by weight, in the shapes that ``unstack`` gives.
+      saved: the values of whole leaves that are trained too.
     """
-    trainable = dict(adapter.params)
+    trainable = {module: dict(own) for module, own in adapter.params.items()}
     for site in adapter.sites.values():
-        chosen = dict(zip(indices(site), np.ndindex(site.stack_shape), strict=True))
-        arrays = {}
         for name, old in site_arrays(adapter, site)[0].items():
             new = np.array(old)
-            for index, position in chosen.items():
+            for position, index in zip(np.ndindex(site.stack_shape), indices(site), strict=True):
                 own = params.get((site.name, index), {}).get(name)
                 if own is not None:
-                    width = [
-                        (0, n - m) for n, m in zip(new[position].shape, own.shape, strict=True)
-                    ]
-                    new[position] = np.pad(own, width)
-            arrays[name] = jax.device_put(new, getattr(old, "sharding", None))
-        trainable[site.name] = {**adapter.params[site.name], **arrays}
+                    new[position] = 0  # padding
+                    new[(*position, *map(slice, own.shape))] = own
+            trainable[site.name][name] = _placed(new, old)
+    for leaf, value in saved.items():
+        arrays = trainable[leaf.module]
+        arrays[leaf.leaf_name] = _placed(value, arrays[leaf.leaf_name])
     return adapter.replace(params=trainable)
+
+
+def _placed(array: np.ndarray, like: Any) -> Any:
+    """An array where another one lies."""
+    return jax.device_put(array, getattr(like, "sharding", None))
 
 
 def restack(

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+import chex
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -15,6 +16,10 @@ from peftjax.factors import BiasChange, Factors, Method
 
 def normal(*shape, seed=0, std=0.3, dtype=jnp.float32):
     return jnp.asarray(std * np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def near(got, want, tolerance=1e-10):
+    chex.assert_trees_all_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def redraw(tree, seed=7):

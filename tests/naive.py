@@ -3,6 +3,7 @@
 import functools
 import operator
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from models import mlp, mlp_params, normal, scanned, scanned_params
 from zoo_jax import dilated_both_ways, einsum_attention, lookups
 from zoo_linen import linen_conv2d, linen_grouped_conv
 
-from peftjax import find_sites, init_adapter
+from peftjax import LoraConfig, find_sites, init_adapter
 
 KEY = jax.random.key(0)
 CASES = [einsum_attention, lookups, linen_conv2d, linen_grouped_conv, dilated_both_ways]
@@ -62,6 +63,34 @@ def drawn(config, sites, params=None, std=1.0, dtype=None):
 
     buffers = jax.jit(lambda params: make(params).buffers)(params)
     return adapter.replace(params=jax.tree.map(draw, adapter.params), buffers=buffers)
+
+
+def empty(config, sites, params):
+    """An adapter of zeros: errors ask for shapes alone."""
+    adapter = jax.eval_shape(lambda params: init_adapter(KEY, config, sites, params), params)
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), adapter)
+
+
+def check_plain(adapter, sites, params=None):
+    """Plain LoRA of scale 1, which its config describes."""
+    config = adapter.config
+    assert config == LoraConfig(
+        r=config.r,
+        lora_alpha=config.r,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.rank_pattern,
+        target_modules=config.target_modules,
+        modules_to_save=config.modules_to_save,
+        lora_bias=config.lora_bias,
+        bias=config.bias,
+    )
+    fresh = jax.eval_shape(lambda params: init_adapter(KEY, config, sites, params), params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        (fresh.params, fresh.buffers), (adapter.params, adapter.buffers)
+    )
+    assert fresh.sites.sites == adapter.sites.sites
+    assert set(fresh.saved) == set(adapter.saved)
+    assert all((own["scaling"] == 1).all() for own in adapter.buffers.values())
 
 
 def rebuilt(params, adapter, formula):

@@ -4,16 +4,13 @@ import collections
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from peftjax.adapter import Adapter
-from peftjax.factors import Arrays
 from peftjax.methods.lora import LoraConfig
-from peftjax.sites import Leaf, Site, Sites
+from peftjax.sites import Leaf, Sites
 from peftjax.targeting import exact_key, layer_names
-from peftjax.unstacking import Part, indices
+from peftjax.unstacking import Part, indices, restack
 
 Matrix = np.ndarray
 Pair = tuple[Matrix, Matrix]  # A of shape (in, r), B of shape (r, out)
@@ -38,53 +35,30 @@ def plain_lora(
       saved: the values of whole leaves.
       **fields: further fields of the config.
     """
-    r, pattern = _rank_fields(sites, {part: a.shape[-1] for part, (a, _) in factors.items()})
+    ranks = _layer_ranks(factors)
+    r, pattern = _rank_fields(sites, ranks)
     fields |= {"rank_pattern": pattern, "alpha_pattern": pattern}
     config = LoraConfig(r=r, lora_alpha=r, lora_bias=shifts is not None, **fields)
-    params: dict[str, Arrays] = {}
-    buffers: dict[str, Arrays] = {}
+    params: dict[Part, dict[str, np.ndarray]] = {}
     for site in sites.values():
-        own = _stacked(site, factors, shifts)
-        widest = max((dtypes[site.name, index] for index in indices(site)), key=_width)
-        frozen = {"scaling": np.ones(site.stack_shape), "rank_mask": own.pop("rank_mask", None)}
-        params[site.name], buffers[site.name] = (
-            {name: jax.device_put(x.astype(widest)) for name, x in each.items() if x is not None}
-            for each in (own, frozen)
-        )
-    for leaf, value in (saved or {}).items():
-        params.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.asarray(value)
-    return Adapter(params, buffers, None, config, sites, tuple(saved or ()))
+        parts = [(site.name, index) for index in indices(site)]
+        widest = max((np.dtype(dtypes[part]) for part in parts), key=lambda dtype: dtype.itemsize)
+        for part in parts:
+            a, b = _padded(factors[part], ranks[site.name][_layer(part)])
+            own = {
+                "lora_A": a.reshape(*site.in_shape, -1),
+                "lora_B": b.reshape(-1, *site.out_shape),
+            }
+            own |= {"lora_B_bias": shifts[part]} if shifts is not None else {}
+            params[part] = {name: array.astype(widest) for name, array in own.items()}
+    return restack(config, sites, params, saved=saved)
 
 
-def _width(dtype: Any) -> int:
-    return np.dtype(dtype).itemsize
-
-
-def _stacked(
-    site: Site, factors: Mapping[Part, Pair], shifts: Mapping[Part, np.ndarray] | None
-) -> dict[str, np.ndarray]:
-    """The arrays of a site, stack axes in front, and the mask of unequal ranks if there is one."""
-    every, stack = list(indices(site)), site.stack_shape
-    ranks = [factors[site.name, index][0].shape[-1] for index in every]
-    widest = max(ranks)
-    a = np.zeros((len(every), site.in_size, widest))
-    b = np.zeros((len(every), widest, site.out_size))
-    for i, (index, rank) in enumerate(zip(every, ranks, strict=True)):
-        a[i, :, :rank], b[i, :rank] = factors[site.name, index]
-    arrays = {
-        "lora_A": a.reshape(*stack, *site.in_shape, widest),
-        "lora_B": b.reshape(*stack, widest, *site.out_shape),
-    }
-    if shifts is not None:
-        shift = np.stack([shifts[site.name, index] for index in every])
-        arrays["lora_B_bias"] = shift.reshape(*stack, *site.out_shape)
-    if stack:
-        # Weights that share a layer have the rank of the layer, as the config says.
-        layer = np.array(ranks).reshape(stack[0], -1).max(axis=1)
-        if len(set(layer.tolist())) > 1:
-            mask = np.arange(widest) < layer.reshape(-1, *[1] * len(stack))
-            arrays["rank_mask"] = np.broadcast_to(mask, (*stack, widest))
-    return arrays
+def _padded(pair: Pair, rank: int) -> Pair:
+    """Factors of the same product with that many ranks, some of them of zeros."""
+    a, b = pair
+    more = (0, rank - a.shape[-1])
+    return np.pad(a, ((0, 0), more)), np.pad(b, (more, (0, 0)))
 
 
 def best_product(a: Matrix, b: Matrix, kept: int | float) -> Pair:
@@ -116,17 +90,31 @@ def best_factors(matrix: Matrix, kept: int | float) -> Pair:
     return u[:, :rank], s[:rank, None] * vt[:rank]
 
 
-def _rank_fields(sites: Sites, ranks: Mapping[Part, int]) -> tuple[int, dict[str, int]]:
-    """The rank that most weights have, and a ``rank_pattern`` for the others."""
-    # A pattern tells layers apart, but not the experts of one layer: the largest is theirs.
-    by_layer: dict[str, dict[int, int]] = {}
-    for (name, index), rank in ranks.items():
-        own, layer = by_layer.setdefault(name, {}), index[0] if index else 0
-        own[layer] = max(own.get(layer, 0), rank)
-    every = [rank for own in by_layer.values() for rank in own.values()]
+def _layer(part: Part) -> int:
+    """The layer that a weight lies in; 0 for one of no stack."""
+    return part[1][0] if part[1] else 0
+
+
+def _layer_ranks(factors: Mapping[Part, Pair]) -> dict[str, dict[int, int]]:
+    """The rank of every layer of every site: of the experts of one, the largest.
+
+    A ``rank_pattern`` tells layers apart, but not the experts of one layer.
+    """
+    ranks: dict[str, dict[int, int]] = {}
+    for part, (a, _) in factors.items():
+        own, layer = ranks.setdefault(part[0], {}), _layer(part)
+        own[layer] = max(own.get(layer, 0), a.shape[-1])
+    return ranks
+
+
+def _rank_fields(
+    sites: Sites, ranks: Mapping[str, Mapping[int, int]]
+) -> tuple[int, dict[str, int]]:
+    """The rank that most layers have, and a ``rank_pattern`` for the others."""
+    every = [rank for own in ranks.values() for rank in own.values()]
     common = collections.Counter(every).most_common(1)[0][0]
     named: dict[str, int] = {}
-    for name, own in by_layer.items():
+    for name, own in ranks.items():
         if len(set(own.values())) == 1:
             named[name] = next(iter(own.values()))
         else:

@@ -10,7 +10,13 @@ import numpy as np
 
 from peftjax.adapter import Adapter
 from peftjax.config import AdapterConfig, thaw
-from peftjax.interop.modules import LeafTensor, Module, leaf_tensors, torch_modules
+from peftjax.interop.modules import (
+    LeafTensor,
+    Module,
+    known_sites,
+    leaf_tensors,
+    torch_modules,
+)
 from peftjax.interop.names import ModuleNames
 from peftjax.methods import AdaLoraConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig
 from peftjax.methods.adalora import pattern_key
@@ -181,19 +187,22 @@ _WRITERS: dict[type, Callable[[Any, Mapping[Part, Single], Mapping[Part, str]], 
 
 def _modules_to_save(adapter: Adapter, names: ModuleNames) -> list[str]:
     """Torch's names of the modules to save, one for a whole module where torch has that too."""
-    known = (*adapter.sites.sites, *(leaf.site for leaf in adapter.saved if leaf.site))
+    known = known_sites(adapter)
     whole = saved_leaves(adapter.config, Sites(known, adapter.saved))
-    modules = []
-    for tensor in leaf_tensors(whole, known, names):
-        entries = adapter.config.modules_to_save or ()
-        module = tensor.leaf.module
-        container = next((_container(e, module) for e in entries if is_within(e, module)), module)
-        try:
-            named = names.to_torch(container)
-        except ValueError:
-            named = tensor.module
-        modules.append(named if f"{tensor.module}.".startswith(f"{named}.") else tensor.module)
-    return list(dict.fromkeys(modules))
+    tensors = leaf_tensors(whole, known, names)
+    return list(dict.fromkeys(_container_there(adapter.config, t, names) for t in tensors))
+
+
+def _container_there(config: AdapterConfig, tensor: LeafTensor, names: ModuleNames) -> str:
+    """Torch's name of the module that an entry of ``modules_to_save`` names here.
+
+    Where torch has a module of that name around the tensor's own; otherwise that of its own.
+    """
+    here, there = tensor.leaf.module, tensor.module
+    entries = (e for e in config.modules_to_save or () if is_within(e, here))
+    container = next((_container(entry, here) for entry in entries), here)
+    named = there if names.rule(container, 0) is None else names.to_torch(container)
+    return named if f"{there}.".startswith(f"{named}.") else there
 
 
 def _container(entry: str, module: str) -> str:

@@ -11,7 +11,7 @@ from peftjax.adapter import Adapter
 from peftjax.interop.configs import config_to
 from peftjax.interop.layouts import layouts
 from peftjax.interop.limits import unsupported
-from peftjax.interop.modules import leaf_tensors
+from peftjax.interop.modules import known_sites, leaf_tensors
 from peftjax.interop.names import ModuleNames
 from peftjax.methods import AdaLoraConfig, HRAConfig
 from peftjax.methods.hra import reflections
@@ -54,12 +54,10 @@ def export(
                     raise ValueError(f"two sites have the torch name {module!r}: change names=")
                 laid = layout.there(single.params[name], single.spec)
                 tensors[key] = np.ascontiguousarray(laid)
-    known = (*adapter.sites.sites, *(leaf.site for leaf in adapter.saved if leaf.site))
-    for tensor in leaf_tensors(adapter.saved, known, names):
+    for tensor in leaf_tensors(adapter.saved, known_sites(adapter), names):
         leaf = tensor.leaf
         whole = np.asarray(adapter.params[leaf.module][leaf.leaf_name])
-        # PEFT puts an adapted module into another, and so the module's own arrays lower down.
-        key = tensor.wrapped_key if tensor.part in singles else tensor.key
+        key = tensor.key_among(singles)
         if PREFIX + key in tensors:
             raise ValueError(f"two arrays have the torch name {key!r}: change names=")
         tensors[PREFIX + key] = np.array(tensor.there(whole), order="C")

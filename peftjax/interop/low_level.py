@@ -1,10 +1,8 @@
 """PEFT's low-level API on plain values: inject an adapter, get and set its state dict."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -13,13 +11,13 @@ from peftjax.adapter import Adapter, init_adapter
 from peftjax.config import AdapterConfig
 from peftjax.interop.exporting import export, usual_scale
 from peftjax.interop.importing import without_prefix
-from peftjax.interop.layouts import layouts
-from peftjax.interop.modules import leaf_tensors
+from peftjax.interop.layouts import Layout, layouts
+from peftjax.interop.modules import known_sites, leaf_tensors
 from peftjax.interop.names import ModuleNames
 from peftjax.interop.stored import refuse
 from peftjax.methods import AdaLoraConfig, HRAConfig
 from peftjax.sites import find_sites
-from peftjax.unstacking import Part, refill, unstack
+from peftjax.unstacking import Part, Single, refill, unstack
 
 
 def inject_adapter_in_model(
@@ -128,31 +126,40 @@ def set_peft_model_state_dict(
             "adapter's state dict is not its arrays: use save_pretrained and load_pretrained"
         )
     given = {key: np.asarray(value) for key, value in without_prefix(state_dict).items()}
-    wanted: dict[str, tuple[int, ...]] = {}
-    params: dict[Part, dict[str, np.ndarray]] = {}
     singles = unstack(adapter)
-    for part, single in singles.items():
-        for name, layout in layouts(config, single.spec).items():
-            if name not in single.params:
-                continue
-            own, key = single.params[name], f"{names.to_torch(*part)}.{layout.suffix}"
-            wanted[key] = layout.there(own, single.spec).shape
-            if key in given and given[key].shape == wanted[key]:
-                array = layout.back(given[key], single.spec, own.shape).astype(own.dtype)
-                if isinstance(config, AdaLoraConfig) and name == "lora_E":
-                    scale = single.buffers["scaling"]
-                    array = array * (usual_scale(config, scale.dtype) / scale)
-                params.setdefault(part, {})[name] = array
+    slots = [
+        (f"{names.to_torch(*part)}.{layout.suffix}", part, name, layout)
+        for part, single in singles.items()
+        for name, layout in layouts(config, single.spec).items()
+        if name in single.params
+    ]
+    tensors = {
+        tensor: tensor.key_among(singles)
+        for tensor in leaf_tensors(adapter.saved, known_sites(adapter), names)
+    }
+    wanted = {
+        key: layout.there(singles[part].params[name], singles[part].spec).shape
+        for key, part, name, layout in slots
+    }
+    wanted |= {key: tensor.shape for tensor, key in tensors.items()}
+    _check(given, wanted, strict)
 
-    known = (*adapter.sites.sites, *(leaf.site for leaf in adapter.saved if leaf.site))
+    params: dict[Part, dict[str, np.ndarray]] = {}
+    for key, part, name, layout in slots:
+        if key in given:
+            own = params.setdefault(part, {})
+            own[name] = _here(config, singles[part], name, layout, given[key])
     whole = {leaf: np.array(adapter.params[leaf.module][leaf.leaf_name]) for leaf in adapter.saved}
-    for tensor in leaf_tensors(adapter.saved, known, names):
-        key = tensor.wrapped_key if tensor.part in singles else tensor.key
-        wanted[key] = tensor.shape
-        if key in given and given[key].shape == wanted[key]:
-            path = next(leaf for leaf in whole if leaf.path == tensor.leaf.path)
-            tensor.put(whole[path], given[key])
+    for tensor, key in tensors.items():
+        if key in given:
+            tensor.put(whole[tensor.leaf], given[key])
+    return refill(adapter, params, whole)
 
+
+def _check(
+    given: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], strict: bool
+) -> None:
+    """Raises a ValueError that lists all tensors that are not those of the adapter."""
     problems = [
         f"{key}: there is no such tensor in the adapter" for key in given if key not in wanted
     ]
@@ -167,10 +174,15 @@ def set_peft_model_state_dict(
         problems,
         "pass one of the same config and model, or mend names=",
     )
-    adapter = refill(adapter, params)
-    trainable = dict(adapter.params)
-    for leaf, array in whole.items():
-        arrays = trainable[leaf.module]
-        placed = jax.device_put(array, getattr(arrays[leaf.leaf_name], "sharding", None))
-        trainable[leaf.module] = {**arrays, leaf.leaf_name: placed}
-    return dataclasses.replace(adapter, params=trainable)
+
+
+def _here(
+    config: AdapterConfig, single: Single, name: str, layout: Layout, tensor: np.ndarray
+) -> np.ndarray:
+    """An array of a weight out of PEFT's tensor for it."""
+    old = single.params[name]
+    array = layout.back(tensor, single.spec, old.shape).astype(old.dtype)
+    if isinstance(config, AdaLoraConfig) and name == "lora_E":
+        scale = single.buffers["scaling"]
+        array = array * (usual_scale(config, scale.dtype) / scale)
+    return array

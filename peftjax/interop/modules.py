@@ -2,11 +2,11 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from peftjax.adapter import weight_spec
+from peftjax.adapter import Adapter, weight_spec
 from peftjax.factors import WeightSpec
 from peftjax.interop.layouts import weight_back, weight_there
 from peftjax.interop.names import ModuleNames
@@ -100,8 +100,12 @@ class LeafTensor:
 
     @property
     def wrapped_key(self) -> str:
-        """The tensor's name in a torch model whose module PEFT has adapted."""
+        """The tensor's name in a torch model whose module PEFT has put into one of its own."""
         return f"{self.module}.base_layer.{self.name}"
+
+    def key_among(self, adapted: Container[Part]) -> str:
+        """The tensor's name in a torch model in which PEFT has adapted some weights."""
+        return self.wrapped_key if self.part in adapted else self.key
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,6 +131,11 @@ class LeafTensor:
             spec = weight_spec(site, site.dtype)
             tensor = weight_back(tensor, site, spec, self.inputs_first)
         own[self.index] = tensor.reshape(own[self.index].shape)
+
+
+def known_sites(adapter: Adapter) -> tuple[Site, ...]:
+    """What an adapter knows of its model: its own sites, and those of the leaves it saves."""
+    return (*adapter.sites.sites, *(leaf.site for leaf in adapter.saved if leaf.site))
 
 
 def leaf_tensors(

@@ -58,8 +58,7 @@ def find_whole(
             dtypes.setdefault(tensor.leaf.path, set()).add(found[key].dtype)
             problems += misfits(key, found[key], tensor.shape)
         elif tensor.key in needed:
-            wrapped = tensor.part in parts
-            problems.append(f"{tensor.wrapped_key if wrapped else tensor.key}: it is missing")
+            problems.append(f"{tensor.key_among(parts)}: it is missing")
     for tensor in tensors:
         if tensor.leaf in there:
             there[tensor.leaf].append(tensor)

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import mlp, mlp_params, normal, scanned, scanned_params
-from naive import drawn, house, rebuilt
-from test_conversion import check_plain, empty, near
+from models import mlp, mlp_params, near, normal, scanned, scanned_params
+from naive import check_plain, drawn, empty, house, rebuilt
 
 from peftjax import (
     AdaLoraConfig,

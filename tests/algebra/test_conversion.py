@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import EverythingConfig, mlp, mlp_params, normal, scanned, scanned_params
-from naive import drawn, house, rebuilt
+from models import EverythingConfig, mlp, mlp_params, near, normal, scanned, scanned_params
+from naive import check_plain, drawn, empty, house, rebuilt
 
 from peftjax import (
     AdaLoraConfig,
@@ -18,7 +18,6 @@ from peftjax import (
     LoraConfig,
     adapt,
     find_sites,
-    init_adapter,
     merge,
 )
 from peftjax.algebra.combining import combine_adapters
@@ -68,37 +67,11 @@ LORA_RANKS = {
 }
 
 
-def near(got, want, tolerance=1e-10):
-    chex.assert_trees_all_close(got, want, rtol=tolerance, atol=tolerance)
-
-
 def layer_ranks(adapter, name):
     """The rank of every layer of a stacked site, padding left out."""
     mask = adapter.buffers[name].get("rank_mask")
     wide = adapter.params[name]["lora_A"]
     return [wide.shape[-1]] * len(wide) if mask is None else [int(sum(own)) for own in mask]
-
-
-def check_plain(adapter, sites, params=None):
-    """Plain LoRA of scale 1, which its config describes."""
-    config = adapter.config
-    assert config == LoraConfig(
-        r=config.r,
-        lora_alpha=config.r,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.rank_pattern,
-        target_modules=config.target_modules,
-        modules_to_save=config.modules_to_save,
-        lora_bias=config.lora_bias,
-        bias=config.bias,
-    )
-    fresh = jax.eval_shape(lambda params: init_adapter(KEY, config, sites, params), params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(
-        (fresh.params, fresh.buffers), (adapter.params, adapter.buffers)
-    )
-    assert fresh.sites.sites == adapter.sites.sites
-    assert set(fresh.saved) == set(adapter.saved)
-    assert all((own["scaling"] == 1).all() for own in adapter.buffers.values())
 
 
 @pytest.mark.usefixtures("x64")
@@ -278,12 +251,6 @@ def test_half_precision():
     assert converted.params["up"]["lora_A"].dtype == jnp.float32
     exact = merge(jax.tree.map(lambda x: x.astype(jnp.float32), params), adapter)
     near(merge(params, converted)["up"]["kernel"].astype(jnp.float32), exact["up"]["kernel"], 1e-2)
-
-
-def empty(config, sites, params):
-    """An adapter of zeros: errors ask for shapes alone."""
-    adapter = jax.eval_shape(lambda params: init_adapter(KEY, config, sites, params), params)
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), adapter)
 
 
 @pytest.mark.parametrize(

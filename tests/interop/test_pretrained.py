@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from models import normal, scanned, scanned_params
+from models import near, normal, scanned, scanned_params
 from naive import drawn
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -280,10 +280,6 @@ def payload(directory):
     """The bytes of the two files; of tensors without the header, whose order is not settled."""
     raw = (directory / TENSORS).read_bytes()
     return raw[8 + int.from_bytes(raw[:8], "little") :], (directory / CONFIG).read_text()
-
-
-def near(got, want, tolerance=1e-10):
-    chex.assert_trees_all_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @functools.cache
