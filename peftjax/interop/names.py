@@ -14,6 +14,7 @@ STACKED = ("i", "j", "k")
 _STACKS = ("layers", "layer", "blocks", "block", "h", "experts")
 
 _PLACEHOLDER = re.compile(r"\{(\*?)([A-Za-z]\w*)\}")
+_SEVERAL = re.compile(r"\{\*(\w+)\}")  # a segment that stands for any number of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +32,12 @@ class ModuleNames:
       rules: the rules in order. None at all means that the names are the same.
       fan_in_fan_out: patterns of the torch modules that keep their weights as (in, out), as
         transformers' ``Conv1D`` of GPT-2 does and ``torch.nn.Linear`` does not.
+      order: the segments of torch's names, without numbers, in the order in which torch registers
+        the modules; ``place`` goes by it.
 
     Raises:
-      ValueError: the sides of a rule have different words, or one has a word twice.
+      ValueError: the sides of a rule have different words, or one has a word twice; or ``order``
+        has a segment twice, or what is no segment.
 
     Example:
       >>> import peftjax
@@ -50,10 +54,20 @@ class ModuleNames:
 
     rules: tuple[tuple[str, str], ...] = ()
     fan_in_fan_out: tuple[str, ...] = ()
+    order: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple((jax, torch) for jax, torch in self.rules))
         object.__setattr__(self, "fan_in_fan_out", tuple(self.fan_in_fan_out))
+        object.__setattr__(self, "order", tuple(self.order))
+        for segment in self.order:
+            if self.order.count(segment) > 1:
+                raise ValueError(f"order has {segment!r} twice: a segment has one place")
+            if "." in segment or segment.isdecimal():
+                raise ValueError(
+                    f"order has {segment!r}: its entries are single segments of torch's names, and "
+                    f"no numbers, whose order is known"
+                )
         for pattern in self.fan_in_fan_out:
             _words(pattern)
         for rule in self.rules:
@@ -106,6 +120,34 @@ class ModuleNames:
         """Whether that torch module keeps its weight as (in, out)."""
         return any(_match(pattern, torch_name) is not None for pattern in self.fan_in_fan_out)
 
+    def place(self, torch_name: str) -> tuple[tuple[int, int], ...]:
+        """Where torch registers a module: the key to sort torch's names by.
+
+        Torch lists a module before those in it, numbered ones by their numbers and others as
+        ``order`` has them. A segment that is not there comes after those that are; all names that
+        have such a segment in the same module have the same place, so they stay in the order
+        given. Without any ``order`` this holds for all names.
+
+        Args:
+          torch_name: torch's name of the module.
+
+        Example:
+          >>> import peftjax
+          >>> names = peftjax.ModuleNames(order=("layers", "q", "k"))
+          >>> sorted(["head", "layers.10.q", "layers.2.k", "layers.2.q"], key=names.place)
+          ['layers.2.q', 'layers.2.k', 'layers.10.q', 'head']
+        """
+        place = []
+        for segment in torch_name.split(".") if self.order else ():
+            if segment.isdecimal():
+                place.append((0, int(segment)))
+            elif segment in self.order:
+                place.append((1, self.order.index(segment)))
+            else:
+                place.append((2, 0))
+                break
+        return tuple(place)
+
     def _unnamed(self, name: str, index: Index) -> str:
         """Says why a module has no torch name, and what to do."""
         if not index:
@@ -122,14 +164,10 @@ class ModuleNames:
         )
 
 
-def _at(index: Index) -> str:
-    return f" at {index}" if index else ""
-
-
 def _words(pattern: str) -> list[str]:
     """The words in the braces of a pattern, with their stars."""
     words = [match[1] + match[2] for match in _PLACEHOLDER.finditer(pattern)]
-    whole = [match[2] for match in re.finditer(r"(?:^|\.)\{(\*)(\w+)\}(?=\.|$)", pattern)]
+    whole = [match[1] for match in map(_SEVERAL.fullmatch, pattern.split(".")) if match]
     if sorted(whole) != sorted(word[1:] for word in words if word.startswith("*")):
         raise ValueError(f"in the pattern {pattern!r} a word with a star is no segment of its own")
     if len(words) != len({word.lstrip("*") for word in words}):
@@ -148,7 +186,7 @@ def _matcher(pattern: str) -> Callable[[str], re.Match[str] | None]:
     """Matches a name whose every segment ends with a dot."""
     segments = []
     for segment in pattern.split("."):
-        if several := re.fullmatch(r"\{\*(\w+)\}", segment):
+        if several := _SEVERAL.fullmatch(segment):
             segments.append(rf"(?P<{several[1]}>(?:[^.]+\.)*?)")
             continue
         text, end = "", 0
@@ -170,7 +208,7 @@ def _fill(pattern: str, words: Mapping[str, str]) -> str:
     """A pattern with its words filled in; those for several segments end with a dot."""
     filled = "".join(
         words[several[1]]
-        if (several := re.fullmatch(r"\{\*(\w+)\}", segment))
+        if (several := _SEVERAL.fullmatch(segment))
         else _PLACEHOLDER.sub(lambda match: words[match[2]], segment) + "."
         for segment in pattern.split(".")
     )

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ HOW = "transformers' torch models are the oracle here: pip install -e '.[interop
 torch = pytest.importorskip("torch", reason=HOW)
 transformers = pytest.importorskip("transformers", reason=HOW)
 Conv1D = pytest.importorskip("transformers.pytorch_utils", reason=HOW).Conv1D
-pytest.importorskip("transformers.modeling_flax_utils", reason=HOW)
+flax_classes = pytest.importorskip("transformers.models.auto.modeling_flax_auto", reason=HOW)
 torch.set_num_threads(1)  # two processes of tests share the cores
 
 SEQUENCE = {"vocab_size": 50, "max_position_embeddings": 16}
@@ -299,6 +301,30 @@ def test_stacked_layers_are_modules_of_torch(family: str, kind: str, tied: bool)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         np.testing.assert_array_equal(found[key], tensor, err_msg=key)
+
+
+def every_kind(family: str) -> list[str]:
+    """All classes of a family that both sides have, those for other tasks too."""
+    tables = [own for name, own in vars(flax_classes).items() if re.match("FLAX_.*_NAMES", name)]
+    others = {table[family].removeprefix("Flax") for table in tables if family in table}
+    kinds = others | {kind for own, kind, _ in CASES if own == family}
+    return sorted(kind for kind in kinds if hasattr(transformers, kind))
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [*((family, {}) for family in FAMILIES), ("dinov2", {"use_swiglu_ffn": True})],
+    ids=[*FAMILIES, "dinov2-swiglu"],
+)
+def test_the_order_is_that_of_torch(family: str, more: dict[str, Any]) -> None:
+    more = {"num_labels": 2, "is_decoder": True, "add_cross_attention": True, **more}
+    config = transformers.CONFIG_MAPPING[family](**{**FAMILIES[family][0], **more})
+    layers = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, Conv1D)
+    for kind in every_kind(family):
+        model = getattr(transformers, kind)(config)
+        expected = [name for name, module in model.named_modules() if isinstance(module, layers)]
+        shuffled = random.Random(7).sample(expected, len(expected))
+        assert sorted(shuffled, key=module_names(family).place) == expected, kind
 
 
 def test_an_unknown_family_lists_the_known_ones() -> None:

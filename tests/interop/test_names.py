@@ -1,5 +1,6 @@
 """The rules between module names here and in torch."""
 
+import random
 import re
 
 import pytest
@@ -97,9 +98,9 @@ def test_without_rules_the_names_are_the_same() -> None:
 
 
 def test_lists_of_rules_are_kept_as_tuples() -> None:
-    names = ModuleNames([["a", "b"]], ["c"])  # type: ignore[list-item, arg-type]
-    assert names == ModuleNames((("a", "b"),), ("c",))
-    assert hash(names) == hash(ModuleNames((("a", "b"),), ("c",)))
+    names = ModuleNames([["a", "b"]], ["c"], ["d"])  # type: ignore[list-item, arg-type]
+    assert names == ModuleNames((("a", "b"),), ("c",), ("d",))
+    assert hash(names) == hash(ModuleNames((("a", "b"),), ("c",), ("d",)))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +174,63 @@ def test_modules_that_keep_their_inputs_first(name: str, expected: bool) -> None
     names = ModuleNames((SAME,), ("{*head}.c_attn", "h.{i}.mlp.{kind}"))
     assert names.keeps_inputs_first(name) is expected
     assert not ModuleNames((SAME,)).keeps_inputs_first(name)
+
+
+IN_ORDER = [
+    "embed",
+    "layers.0.attn",
+    "layers.0.attn.q",
+    "layers.0.attn.k",
+    "layers.9",
+    "layers.9.attn.k",
+    "layers.9.mlp.0",
+    "layers.9.mlp.10",
+    "layers.10.attn.q",
+    "layers.10.attn.k.q",
+    "layers.10.mlp",
+    "head",
+]
+
+
+def test_names_are_sorted_as_torch_registers_the_modules() -> None:
+    names = ModuleNames(order=("embed", "layers", "attn", "q", "k", "mlp"))
+    for seed in range(20):
+        shuffled = random.Random(seed).sample(IN_ORDER, len(IN_ORDER))
+        assert sorted(shuffled, key=names.place) == IN_ORDER
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("z x k a", "a k z x"),  # behind those known
+        ("a.new.z a.new.k a.k a.k.z", "a.k a.k.z a.new.z a.new.k"),
+        ("x.k z.q x.q", "x.k z.q x.q"),  # within them nothing moves
+        ("z.10 z.9 10 9", "9 10 z.10 z.9"),
+        ("x.y x", "x.y x"),
+        ("a.2.z a.1.z a.2.k", "a.1.z a.2.k a.2.z"),
+    ],
+)
+def test_unknown_segments_stay_in_the_order_given(given: str, expected: str) -> None:
+    names = ModuleNames(order=("a", "q", "k"))
+    assert sorted(given.split(), key=names.place) == expected.split()
+
+
+def test_without_an_order_nothing_is_sorted() -> None:
+    given = ["z.1", "10", "9", "a.10", "a.9", "a", "z.0"]
+    assert sorted(given, key=ModuleNames().place) == given
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (("q", "k", "q"), "order has 'q' twice"),
+        (("attn.q",), "order has 'attn.q': its entries are single segments"),
+        (("layers", "0"), "order has '0': its entries are .* no numbers"),
+    ],
+)
+def test_an_order_has_single_segments_once(order: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ModuleNames(order=order)
 
 
 @given(
