@@ -7,6 +7,7 @@ from peftjax.algebra.combining import combine_adapters as combine_adapters
 from peftjax.algebra.conversion import convert_to_lora as convert_to_lora
 from peftjax.algebra.conversion import pad_ranks as pad_ranks
 from peftjax.engine.trace import FallbackError as FallbackError
+from peftjax.first_pass import xlora_scalings as xlora_scalings
 from peftjax.frameworks import from_linen as from_linen
 from peftjax.frameworks import from_nnx as from_nnx
 from peftjax.interop.base import base_state_dict as base_state_dict
@@ -24,10 +25,17 @@ from peftjax.methods import HRAConfig as HRAConfig
 from peftjax.methods import IA3Config as IA3Config
 from peftjax.methods import LoHaConfig as LoHaConfig
 from peftjax.methods import LoraConfig as LoraConfig
+from peftjax.methods import XLoraConfig as XLoraConfig
 from peftjax.methods import hra_orthogonality as hra_orthogonality
+from peftjax.methods import init_xlora as init_xlora
 from peftjax.methods import join_loha as join_loha
 from peftjax.methods import orthogonality as orthogonality
 from peftjax.methods import split_loha as split_loha
+from peftjax.methods import xlora_experts as xlora_experts
+from peftjax.methods import xlora_layers as xlora_layers
+from peftjax.routing import AdapterBank as AdapterBank
+from peftjax.routing import stack_adapters as stack_adapters
+from peftjax.scalings_log import ScalingsLog as ScalingsLog
 from peftjax.sites import Site as Site
 from peftjax.sites import Sites as Sites
 from peftjax.sites import find_sites as find_sites

@@ -1,17 +1,17 @@
 """The function transformation: a model with adapters in it."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 
 from peftjax.adapter import Adapter
-from peftjax.attach import as_sequence, attach, check_fits
-from peftjax.changes import wants_tokens
-from peftjax.engine.run import mark, run
-from peftjax.engine.trace import Trace, Used
-from peftjax.trees import Static, leaf_paths, split
+from peftjax.attach import as_sequence
+from peftjax.engine.routes import RouteError
+from peftjax.first_pass import HiddenStates, first_pass, for_every_layer, routing
+from peftjax.running import Model, run_with
+from peftjax.trees import Static, split
 
 
 def adapt(
@@ -19,6 +19,8 @@ def adapt(
     *,
     on_fallback: Literal["materialize", "error"] = "materialize",
     on_unused: Literal["error", "ignore"] = "error",
+    hidden_states: HiddenStates | None = None,
+    return_scalings: bool = False,
 ) -> Callable[..., Any]:
     r"""Turns a function of params into the same function with adapters in it.
 
@@ -39,6 +41,10 @@ def adapt(
         ``"error"``.
       on_unused: what to do about an adapted weight that this function does not use: ``"error"``,
         or ``"ignore"`` for functions that run a part of the model, such as an encoder alone.
+      hidden_states: for X-LoRA, the last hidden states, of shape (batch, sequence, features), out
+        of what ``apply_fn`` returns. By default they are the input of its output head.
+      return_scalings: for X-LoRA, whether to return ``(out, scalings)``: besides what ``apply_fn``
+        returns, the weights of shape (batch, sequence, layers, experts) the experts got.
 
     Returns:
       ``adapted(params, adapter, *args, **kwargs)``, where ``adapter`` is an Adapter, a sequence of
@@ -61,100 +67,43 @@ def adapt(
       >>> adapted(params, adapter, x).shape
       (2, 3)
     """
-    if on_fallback not in ("materialize", "error"):
-        raise ValueError(f"on_fallback must be 'materialize' or 'error', got {on_fallback!r}")
-    if on_unused not in ("error", "ignore"):
-        raise ValueError(f"on_unused must be 'error' or 'ignore', got {on_unused!r}")
+    model = Model(apply_fn, on_fallback, on_unused)
 
     # One jitted function for good: JAX's own caches then know the context as well (precision,
     # mesh, x64), which a cache of ours would miss.
     @functools.partial(jax.jit, static_argnums=0)
     def run_adapted(static: Static, arrays: list[Any], adapters: tuple[Adapter, ...]) -> Any:
-        params, _, _ = static.fill(arrays)
         adapters = tuple(a.replace(buffers=_frozen(a.buffers)) for a in adapters)
-
-        def call(arrays: list[Any]) -> Any:
-            params, args, kwargs = static.fill(arrays)
-            return apply_fn(params, *args, **kwargs)
-
-        leaves = leaf_paths(params)
-        check_fits(leaves, adapters)
-        tokens = _count_tokens(call, arrays, leaves, adapters)
-        leaves, views = attach(leaves, adapters, tokens)
-        trace = Trace(list(leaves), strict=on_fallback == "error")
-        arrays = [*leaves.values(), *arrays[len(leaves) :]]
-        marked = [views.get(path, leaf) for path, leaf in leaves.items()]
-        out, _ = run(trace, call, arrays, [*marked, *arrays[len(leaves) :]])
-        _check_used(trace, adapters, list(leaves), on_unused)
-        return out
+        position = routing(adapters)
+        if position is None:
+            return run_with(model, static, arrays, adapters)[0]
+        own = adapters[position]
+        scalings, _ = first_pass(model, hidden_states, static, arrays, adapters)
+        mixed = (*adapters[:position], own.with_scalings(scalings), *adapters[position + 1 :])
+        try:
+            out, _ = run_with(model, static, arrays, mixed)
+        except RouteError as error:
+            raise RouteError(
+                f"{error} The weights come from hidden states for tokens of shape "
+                f"{scalings.shape[:2]}: a model that keeps only some of them before its output "
+                f"head has to show them all, with hidden_states=."
+            ) from error
+        return (out, for_every_layer(scalings, own)) if return_scalings else out
 
     def adapted(
         params: Any, adapter: Adapter | Sequence[Adapter] | None, *args: Any, **kwargs: Any
     ) -> Any:
         adapters = as_sequence(adapter)
+        if return_scalings and routing(adapters) is None:
+            raise ValueError(
+                "return_scalings=True needs an X-LoRA adapter that mixes its experts by itself"
+            )
         if not adapters:
             return apply_fn(params, *args, **kwargs)
         arrays, static = split((params, args, kwargs))
         return run_adapted(static, arrays, adapters)
 
     return adapted
-
-
-def _count_tokens(
-    call: Callable[[list[Any]], Any],
-    arrays: list[Any],
-    leaves: Mapping[str, Any],
-    adapters: Sequence[Adapter],
-) -> dict[str, int]:
-    """How many vectors a call sends through each weight that a method asks about."""
-    asked = {
-        site.path: site
-        for adapter in adapters
-        for site in adapter.sites.values()
-        if wants_tokens(adapter, site)
-    }
-    if not asked:
-        return {}
-    trace, paths = Trace(list(leaves)), list(leaves)
-
-    def count(arrays: list[Any]) -> Any:
-        marked = [
-            mark(x, i, asked[path].roles) if (path := paths[i]) in asked else x
-            for i, x in enumerate(arrays[: len(paths)])
-        ]
-        return run(trace, call, arrays, [*marked, *arrays[len(paths) :]])[0]
-
-    jax.eval_shape(count, arrays)
-    tokens: dict[str, int] = dict.fromkeys(asked, 0)
-    for record in trace.records.values():
-        if isinstance(record, Used):
-            tokens[paths[record.leaf]] += record.tokens
-    return tokens
-
-
-def _check_used(
-    trace: Trace, adapters: Sequence[Adapter], paths: list[str], on_unused: str
-) -> None:
-    """Raises if adapters would go unnoticed."""
-    used = {paths[r.leaf] for r in trace.records.values() if isinstance(r, Used)}
-    for adapter in adapters:
-        idle = [site.name for site in adapter.sites.values() if site.path not in used]
-        if not idle or (on_unused == "ignore" and len(idle) < len(adapter.sites)):
-            continue
-        if len(idle) == len(adapter.sites):
-            raise ValueError(
-                f"this function uses none of the adapter's {len(idle)} modules ({_some(idle)}): "
-                f"it would run without the adapter; pass None for that"
-            )
-        raise ValueError(
-            f"this function does not use {len(idle)} of the adapter's {len(adapter.sites)} "
-            f"modules ({_some(idle)}): for a function that runs a part of the model use "
-            f"adapt(..., on_unused='ignore')"
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 @jax.custom_jvp

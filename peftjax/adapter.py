@@ -9,10 +9,11 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from peftjax.config import AdapterConfig
 from peftjax.factors import Arrays, WeightSpec, accumulation_dtype
+from peftjax.routes import Mix, Route
 from peftjax.sites import Leaf, Site, Sites
 from peftjax.stacks import init_site
 from peftjax.targeting import bias_leaves, saved_leaves, select_sites, unmatched_patterns
@@ -32,6 +33,8 @@ class Adapter:
       config: the config. Static.
       sites: the adapted weights. Static.
       saved: whole leaves of the base that are trained too: ``modules_to_save``, ``bias``. Static.
+      route: of an adapter of several experts, whose arrays have them on their first axis, which of
+        them serve which row or token; None for one that needs no telling, or decides by itself.
     """
 
     params: dict[str, Arrays]
@@ -40,6 +43,7 @@ class Adapter:
     config: AdapterConfig = dataclasses.field(metadata={"static": True})
     sites: Sites = dataclasses.field(metadata={"static": True})
     saved: tuple[Leaf, ...] = dataclasses.field(default=(), metadata={"static": True})
+    route: Route | None = None
 
     def replace(self, **changes: Any) -> Self:
         """This adapter with other values in some of its fields.
@@ -53,6 +57,22 @@ class Adapter:
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         return dataclasses.replace(self, key=key)
+
+    def with_scalings(self, scalings: Float[Array, "batch sequence layers experts"]) -> Self:
+        """This X-LoRA adapter with its experts mixed so, instead of as its classifier says.
+
+        Args:
+          scalings: what ``xlora_scalings`` gave, or one's own; of shape (batch, sequence, 1,
+            experts) they are the same for all layers.
+
+        Raises:
+          ValueError: the adapter is no X-LoRA, or has other numbers of experts or layers.
+        """
+        gating = self.config.method.gating
+        if gating is None:
+            kind = type(self.config).__name__
+            raise ValueError(f"only an X-LoRA adapter has scalings, and this one has a {kind}")
+        return dataclasses.replace(self, route=Mix(gating.gates(self, scalings)))
 
     def __repr__(self) -> str:
         size = sum(x.size for x in jax.tree.leaves(self.params))
@@ -125,10 +145,15 @@ def init_adapter(
 
 
 def site_arrays(adapter: Adapter, site: Site) -> tuple[Arrays, Arrays]:
-    """The trainable and the frozen arrays of one site, without leaves saved under its module."""
+    """The trainable and the frozen arrays of one site that its method made.
+
+    Without leaves saved under its module, and the places of its layers among an X-LoRA's.
+    """
     whole = {leaf.leaf_name for leaf in adapter.saved if leaf.module == site.name}
-    own = {name: x for name, x in adapter.params[site.name].items() if name not in whole}
-    return own, adapter.buffers[site.name]
+    trained = adapter.params.get(site.name, {})
+    own = {name: x for name, x in trained.items() if name not in whole}
+    frozen = adapter.buffers[site.name]
+    return own, {name: x for name, x in frozen.items() if name != "place"}
 
 
 def weight_spec(site: Site, dtype: DTypeLike) -> WeightSpec:

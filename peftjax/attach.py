@@ -11,6 +11,7 @@ from peftjax.changes import bias_change, changed_weight
 from peftjax.engine.run import mark
 from peftjax.engine.views import View
 from peftjax.factors import accumulation_dtype
+from peftjax.routes import Mix
 from peftjax.sites import Site
 from peftjax.trees import dotted, is_array
 
@@ -76,15 +77,25 @@ def attach(
                     f"{site.roles}; make both from one find_sites"
                 )
             count = None if tokens is None else tokens.get(site.path, 0)
-            views[site.path] = changed_weight(view, adapter, site, tokens=count, undo=undo)
+            shift = None
             if site.bias is not None:
-                leaves[site.bias] = _changed_bias(leaves[site.bias], adapter, site, undo)
+                bias = leaves[site.bias]
+                if adapter.route is None:
+                    leaves[site.bias] = _changed_bias(bias, adapter, site, undo)
+                else:
+                    shift = _bias_shift(bias, adapter, site)
+            views[site.path] = changed_weight(
+                view, adapter, site, tokens=count, undo=undo, shift=shift
+            )
     return leaves, views
 
 
 def _check_params(adapter: Adapter) -> None:
     """Raises a ValueError unless the adapter's arrays are those of its own modules."""
     modules = {*adapter.sites, *(leaf.module for leaf in adapter.saved)}
+    if gating := adapter.config.method.gating:
+        frozen = not modules.intersection(adapter.params)
+        modules = {gating.module} | (set() if frozen else modules)
     wrong = sorted(modules.symmetric_difference(adapter.params))
     if wrong:
         raise ValueError(
@@ -114,6 +125,22 @@ def _changed_bias(bias: jax.Array, adapter: Adapter, site: Site, undo: bool) -> 
     if not undo and change.shift is not None:
         after = after + laid(change.shift)
     return after.astype(bias.dtype)
+
+
+def _bias_shift(bias: jax.Array, adapter: Adapter, site: Site) -> jax.Array | None:
+    """What each expert adds to the bias of a site, laid out (stack, out, experts)."""
+    change = bias_change(adapter, site)
+    if change.scale is None and change.shift is None:
+        return None
+    if isinstance(adapter.route, Mix):
+        raise ValueError(f"{site.name}: experts that change the bias can be chosen by row only")
+    if change.scale is None:
+        return change.shift
+    stack = site.bias_stack_axes
+    laid = jnp.moveaxis(bias, stack, range(len(stack)))
+    laid = laid.reshape(*site.full_stack_shape, *site.out_shape, 1)
+    scaled = (change.scale - 1) * laid.astype(change.scale.dtype)
+    return scaled if change.shift is None else scaled + change.shift
 
 
 def refill(params: Any, leaves: Mapping[str, Any]) -> Any:

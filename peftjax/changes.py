@@ -9,15 +9,23 @@ from jaxtyping import Array, PRNGKeyArray
 
 from peftjax.adapter import Adapter, path_key, site_arrays, weight_spec
 from peftjax.engine import compat
+from peftjax.engine import routes as engine_routes
 from peftjax.engine.linear import fused, split_as
 from peftjax.engine.views import Layer, View, layout
-from peftjax.factors import Arrays, BiasChange, Change, Dense, Weight, WeightSpec, inverse
+from peftjax.factors import Arrays, BiasChange, Change, Dense, Factors, Weight, WeightSpec, inverse
+from peftjax.routes import Mix, Rows
 from peftjax.sites import Site
 from peftjax.stacks import over_stack, spread, stacked_weight
 
 
 def changed_weight(
-    view: View, adapter: Adapter, site: Site, *, tokens: int | None = None, undo: bool = False
+    view: View,
+    adapter: Adapter,
+    site: Site,
+    *,
+    tokens: int | None = None,
+    undo: bool = False,
+    shift: Array | None = None,
 ) -> View:
     """The weight of a site with what an adapter changes about it, all its layers at once.
 
@@ -28,6 +36,8 @@ def changed_weight(
       tokens: how many vectors the call sends through the weight; None where the changed weight
         itself is wanted.
       undo: take the change out of a weight that has it.
+      shift: the change of each expert's bias, laid out (stack, out, experts), if it is not made to
+        the bias itself.
     """
     config, method = adapter.config, adapter.config.method
     # Dropout of x and what a method drops itself must not fall on the same numbers.
@@ -39,20 +49,86 @@ def changed_weight(
         if undo and method.inverse is not None:
             return method.inverse(config, params, buffers, weight, key)
         change = method.factors(config, params, buffers, weight, key)
-        return inverse(change) if undo else change
+        change = inverse(change) if undo else change
+        return _only_if(buffers["present"], change) if "present" in buffers else change
 
     def every(params: Arrays, buffers: Arrays, view: View, key: PRNGKeyArray | None) -> Change:
         keys = _keys(key, site)
         if keys is not None and site.layers is not None:
             keys = keys[jnp.asarray(site.layers)]
         weight = _as_left(view, adapter, site, tokens)
-        return _spread(over_stack(one, site)(params, buffers, weight, keys), site)
+
+        def whole(params: Arrays, buffers: Arrays) -> Change:
+            return _spread(over_stack(one, site)(params, buffers, weight, keys), site)
+
+        if adapter.route is None:
+            return whole(params, buffers)
+        change = jax.vmap(whole, out_axes=-1)(params, buffers)
+        return _side_by_side(change, adapter, site) if isinstance(adapter.route, Mix) else change
 
     make = compat.automatic(every, view.base, lambda shapes: _specs(shapes, view))
     change = make(*site_arrays(adapter, site), view, own_key)
     if isinstance(change, Dense):
         return fused(view, change.change)
-    return dataclasses.replace(view, layers=(*view.layers, Layer(change, _keys(key, site))))
+    layer = Layer(change, _keys(key, site), _route(adapter, site), shift)
+    return dataclasses.replace(view, layers=(*view.layers, layer))
+
+
+def _only_if(present: Array, change: Change) -> Change:
+    """The change of an expert that adapts this weight, and none of one that does not."""
+    if isinstance(change, Dense):
+        return Dense(jnp.where(present, change.change, 0))
+
+    def part(array: Array | None, otherwise: int) -> Array | None:
+        return None if array is None else jnp.where(present, array, otherwise)
+
+    return dataclasses.replace(
+        change,
+        B=part(change.B, 0),
+        in_scale=part(change.in_scale, 1),
+        out_scale=part(change.out_scale, 1),
+    )
+
+
+def _side_by_side(change: Change, adapter: Adapter, site: Site) -> Factors:
+    """Experts' factors, the last axis of which are the experts, as those of one larger rank."""
+    if isinstance(change, Dense) or change.in_scale is not None or change.out_scale is not None:
+        kind = type(adapter.config).__name__
+        raise ValueError(f"experts of {kind} scale, and can be chosen by row but not mixed")
+    a, b, stack = change.A, change.B, len(site.stack_axes)
+    assert isinstance(adapter.route, Mix)
+    assert a is not None
+    assert b is not None
+    weights = adapter.route.weights
+    if weights.ndim == 1:
+        b = b * weights.astype(b.dtype)
+    a, b = jnp.moveaxis(a, -1, -2), jnp.moveaxis(b, -1, stack)
+    rank = a.shape[-1] * a.shape[-2]
+    return Factors(
+        A=a.reshape(*a.shape[:-2], rank),
+        B=b.reshape(*b.shape[:stack], rank, *b.shape[stack + 2 :]),
+        dropout=change.dropout,
+    )
+
+
+def _route(adapter: Adapter, site: Site) -> engine_routes.Route | None:
+    """How the experts serve one site, with the site's stack axes in front."""
+    route, stack = adapter.route, site.full_stack_shape
+    if route is None or (isinstance(route, Mix) and route.weights.ndim == 1):
+        return None
+    if isinstance(route, Rows):
+        index = jnp.broadcast_to(route.index, (*stack, *route.index.shape))
+        return engine_routes.Rows(index, route.lengths)
+    weights = route.weights
+    if weights.ndim < 4:
+        laid = jnp.broadcast_to(weights, (*stack, *weights.shape))
+        return engine_routes.Gates(laid, route.lengths, weights.ndim - 1)
+    if weights.shape[2] == 1:
+        laid = jnp.broadcast_to(weights[:, :, 0], (*stack, *weights[:, :, 0].shape))
+        return engine_routes.Gates(laid)
+    places = adapter.buffers[site.name]["place"]
+    laid = jnp.moveaxis(jnp.take(weights, places.ravel(), axis=2), 2, 0)
+    return engine_routes.Gates(spread(laid.reshape(*places.shape, *laid.shape[1:]), site, 0))
 
 
 def _keys(key: PRNGKeyArray | None, site: Site) -> PRNGKeyArray | None:
@@ -70,11 +146,17 @@ def _as_left(view: View, adapter: Adapter, site: Site, tokens: int | None) -> We
             f"{site.name}: {type(adapter.config).__name__} reads the weight as the adapters before "
             f"it left it, and cannot after a feedforward IA3 of a grouped convolution: put it first"
         )
+    if reads and view.routed:
+        raise ValueError(
+            f"{site.name}: {type(adapter.config).__name__} reads the weight as the adapters before "
+            f"it left it, and one of them leaves each row another: put it first"
+        )
     earlier = tuple(layer.factors for layer in view.layers) if reads else ()
     if site.layers is not None:
         earlier = jax.tree.map(lambda array: array[jnp.asarray(site.layers)], earlier)
     base = view.base if reads else None
-    rest = {"earlier": earlier, "tokens": tokens, "fusible": not view.drops}
+    fusible = not view.drops and not view.routed and adapter.route is None
+    rest = {"earlier": earlier, "tokens": tokens, "fusible": fusible}
     return stacked_weight(site, _spec(adapter, site), base, site.layers, **rest)
 
 
@@ -112,24 +194,40 @@ def _specs(change: Change, view: View) -> Change:
 
 
 def bias_change(adapter: Adapter, site: Site) -> BiasChange:
-    """What an adapter changes about the bias of one site, laid out (stack, out)."""
+    """What an adapter changes about the bias of one site, laid out (stack, out).
+
+    Of several experts, they are the last axis.
+    """
     config = adapter.config
     weight = stacked_weight(site, _spec(adapter, site), None)
 
     def one(params: Arrays, buffers: Arrays) -> BiasChange:
-        return config.method.bias(config, params, buffers, weight)
+        change = config.method.bias(config, params, buffers, weight)
+        present = buffers.get("present")
+        if present is None:
+            return change
+        return BiasChange(
+            None if change.scale is None else jnp.where(present, change.scale, 1),
+            None if change.shift is None else jnp.where(present, change.shift, 0),
+        )
 
-    made = over_stack(one, site)(*site_arrays(adapter, site))
-    return BiasChange(_whole(made.scale, site, 1), _whole(made.shift, site, 0))
+    def every(params: Arrays, buffers: Arrays) -> BiasChange:
+        made = over_stack(one, site)(params, buffers)
+        return BiasChange(_whole(made.scale, site, 1), _whole(made.shift, site, 0))
+
+    make = every if adapter.route is None else jax.vmap(every, out_axes=-1)
+    return make(*site_arrays(adapter, site))
 
 
 def wants_tokens(adapter: Adapter, site: Site) -> bool:
     """Whether the method wants to know how many tokens pass through a weight of this site."""
+    if adapter.route is not None:
+        return False
     own, _ = site_arrays(adapter, site)
     return adapter.config.method.wants_tokens(adapter.config, _spec(adapter, site), own)
 
 
 def _spec(adapter: Adapter, site: Site) -> WeightSpec:
     """What the method is told about the weights of a site."""
-    own, _ = site_arrays(adapter, site)
-    return weight_spec(site, next(iter(own.values())).dtype)
+    arrays = (x for own in site_arrays(adapter, site) for x in own.values())
+    return weight_spec(site, next(x.dtype for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)))

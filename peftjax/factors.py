@@ -238,6 +238,27 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Gating:
+    """How a family of experts mixes them by what the model makes of its input.
+
+    Attributes:
+      module: the name under which an adapter keeps the arrays of its classifier.
+      head: from the config, the path of the weight whose input are the hidden states; None if the
+        model has no such weight.
+      first_pass: from the adapter, the weight of each expert in the pass that feeds the classifier.
+      scalings: from the adapter and the hidden states, the scalings of every token; the axis of
+        layers may have size 1.
+      gates: from the adapter and such scalings, the weights of the experts.
+    """
+
+    module: str
+    head: Callable[[Any], str | None]
+    first_pass: Callable[[Any], Float[Array, " experts"]]
+    scalings: Callable[[Any, Array], Float[Array, "batch sequence layers experts"]]
+    gates: Callable[[Any, Array], Float[Array, "batch sequence layers experts"]]
+
+
 Change = Factors | Dense
 Make = Callable[[Any, Arrays, Arrays, Weight, PRNGKeyArray | None], Change]
 
@@ -269,6 +290,11 @@ class Method:
       reads_weight: whether ``factors`` does.
       wants_tokens: from the config, the weight's spec and its trainable arrays, perhaps stacked:
         whether ``factors`` wants to know how many tokens pass through the weight.
+      params: the names of all trainable arrays there can be.
+      program: the fields of the config, beside those that shapes and arrays hold, that
+        ``factors`` and ``bias`` read: adapters that agree on them can run as one.
+      mixes: from the config, whether changes add up, so that several can be mixed.
+      gating: how the experts are mixed, for a family of several.
     """
 
     settings: Callable[[Any, Any, int | None], Hashable]
@@ -283,3 +309,7 @@ class Method:
     buffers_read_weight: Callable[[Any], bool] = lambda config: False
     reads_weight: Callable[[Any], bool] = lambda config: False
     wants_tokens: Callable[[Any, WeightSpec, Arrays], bool] = lambda config, spec, params: False
+    params: tuple[str, ...] = ()
+    program: tuple[str, ...] = ()
+    mixes: Callable[[Any], bool] = lambda config: False
+    gating: Gating | None = None

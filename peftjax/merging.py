@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from peftjax.adapter import Adapter
 from peftjax.attach import as_sequence, attach, check_fits, refill
 from peftjax.engine.linear import merged
+from peftjax.routes import Rows
 from peftjax.trees import leaf_paths
 
 
@@ -32,6 +33,7 @@ def merge(params: Any, adapter: Adapter | Sequence[Adapter] | None, *, safe: boo
     """
     # Dropout belongs to training: nothing of it is merged.
     adapters = [each.replace(key=None) for each in as_sequence(adapter)]
+    _check_mergeable(adapters)
     leaves = leaf_paths(params)
     check_fits(leaves, adapters)
     leaves, views = attach(leaves, adapters)
@@ -68,6 +70,7 @@ def unmerge(params: Any, adapter: Adapter | Sequence[Adapter] | None) -> Any:
                 f"merging replaced {', '.join(leaf.path for leaf in each.saved[:5])}, and what "
                 f"was there before is gone: keep the base params instead of unmerging"
             )
+    _check_mergeable(adapters)
     for each in reversed(adapters):
         leaves = leaf_paths(params)
         check_fits(leaves, [each])
@@ -75,3 +78,14 @@ def unmerge(params: Any, adapter: Adapter | Sequence[Adapter] | None) -> Any:
         leaves |= {path: merged(view) for path, view in views.items()}
         params = refill(params, leaves)
     return params
+
+
+def _check_mergeable(adapters: Sequence[Adapter]) -> None:
+    """Raises a ValueError for adapters that treat each row or token in its own way."""
+    for each in adapters:
+        deciding = each.config.method.gating is not None and each.route is None
+        if deciding or isinstance(each.route, Rows) or (each.route and each.route.weights.ndim > 1):
+            raise ValueError(
+                "an adapter whose experts serve each row or token in its own way has no merged "
+                "weight: merge one expert, or a bank's mix(weights) with one weight an expert"
+            )

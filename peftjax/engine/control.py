@@ -132,6 +132,8 @@ def _scan(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) ->
         for i, x in enumerate(carry)
         if i not in fixed
     ]
+    # The result of a weight that serves every step may go on; that of a layer's own may not.
+    sliced = {x.leaf for x in xs if isinstance(x, View)}
     drops = any(isinstance(x, View) and x.drops for x in [*consts, *carry])
     steps = jnp.arange(params["length"]) if drops else None
 
@@ -147,6 +149,8 @@ def _scan(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) ->
         outs = [
             None
             if i in fixed or i - n_carry in handed
+            else out
+            if i >= n_carry and isinstance(out, Result) and out.leaf not in sliced
             else plain(trace, out, eqn, "the loop returns the weight")
             for i, out in enumerate(outs)
         ]
@@ -160,9 +164,16 @@ def _scan(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Replay) ->
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
+    ys = [_stacked(y) if isinstance(y, Result) else y for y in ys]
     moved_on = iter(moved)
     final = [carry[i] if i in fixed else next(moved_on) for i in range(n_carry)]
     return [*final, *(xs[handed[i]] if i in handed else y for i, y in enumerate(ys))]
+
+
+def _stacked(result: Result) -> Result:
+    """The results of all steps, which lie along a new first axis."""
+    features = None if result.features is None else result.features + 1
+    return dataclasses.replace(result, features=features)
 
 
 def _repeated(values: Sequence[Any], times: int) -> list[Any]:
@@ -250,7 +261,7 @@ def _shard_map(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Repla
 
     outs = compat.shard_map(body, eqn.params, tuple(specs))(*arrays)
     return [
-        out if result is None else dataclasses.replace(result, value=out)
+        out if result is None else dataclasses.replace(result, value=out, x=None)
         for out, result in zip(outs, results, strict=True)
     ]
 

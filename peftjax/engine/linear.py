@@ -5,9 +5,12 @@ scales. ``apply`` puts them together for any number of adapters, the last one ou
 
     forward      y = s_out * (W(s_in * x) + B(A(x)))
     transposed   y = s_in * W'(s_out * x) + A'(B'(s_out * x))
+
+Of several experts, each row or token has its own factors, or its own weights between A and B.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +20,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from peftjax.engine import compat
+from peftjax.engine.routes import Route, RouteError, Rows, each_row
 from peftjax.engine.views import Dims, Layer, Role, View, give_roles, layout, remap
 from peftjax.factors import accumulation_dtype
 
@@ -27,21 +31,30 @@ _SWAPPED: dict[Role, Role] = {"in": "out", "out": "in", "stack": "stack"}
 class Linear:
     """One linear use of a weight.
 
+    All but ``base`` also work on a single row of x, whose axis of rows then has that row alone.
+
     Attributes:
       base: the frozen use, a function of x.
-      product: x through two factors: the one that meets x, then the other.
+      product: x through two factors: the one that meets x, then the other; the rank features
+        between them are gated by a route.
       scale_x: x times a scale over the stack axes and the axes that are summed over.
       scale_y: the result times a scale over the stack axes and the axes that stay.
+      shift_y: the result and what is added to it, over the same axes.
       tokens: how many vectors go through the weight; of a stack, through each member.
       transposed: whether the use maps the out-space to the in-space.
+      row_x: the axis of x along which the rows of a batch lie; None where they are in no order.
+      row_y: that of the result.
     """
 
     base: Callable[[Any], jax.Array]
-    product: Callable[[Any, jax.Array, jax.Array], jax.Array]
+    product: Callable[[Any, jax.Array, jax.Array, Route | None], jax.Array]
     scale_x: Callable[[Any, jax.Array], Any]
     scale_y: Callable[[jax.Array, jax.Array], jax.Array]
+    shift_y: Callable[[jax.Array, jax.Array], jax.Array]
     tokens: int
     transposed: bool = False
+    row_x: int | None = None
+    row_y: int | None = None
 
 
 def apply(linear: Linear, layers: Sequence[Layer], x: Any) -> jax.Array:
@@ -50,20 +63,44 @@ def apply(linear: Linear, layers: Sequence[Layer], x: Any) -> jax.Array:
         y = linear.base(x)
         return y.astype(accumulation_dtype(y.dtype))
     *inner, layer = layers
-    f = layer.factors
+    f, own = layer.factors, _routed(linear, layer.route)
     if linear.transposed:
         if f.out_scale is not None:
-            x = linear.scale_x(x, f.out_scale)
+            x = own.scale_x(x, f.out_scale)
         y = apply(linear, inner, x)
         if f.in_scale is not None:
-            y = linear.scale_y(y, f.in_scale)
+            y = own.scale_y(y, f.in_scale)
         if f.A is None or f.B is None:
             return y
-        return _add(y, linear.product(_dropped(x, layer), f.B, f.A))
-    y = apply(linear, inner, x if f.in_scale is None else linear.scale_x(x, f.in_scale))
+        return _add(y, own.product(_dropped(x, layer), f.B, f.A, layer.route))
+    y = apply(linear, inner, x if f.in_scale is None else own.scale_x(x, f.in_scale))
     if f.A is not None and f.B is not None:
-        y = _add(y, linear.product(_dropped(x, layer), f.A, f.B))
-    return y if f.out_scale is None else linear.scale_y(y, f.out_scale)
+        y = _add(y, own.product(_dropped(x, layer), f.A, f.B, layer.route))
+    y = y if f.out_scale is None else own.scale_y(y, f.out_scale)
+    return y if layer.shift is None else own.shift_y(y, layer.shift)
+
+
+def _routed(linear: Linear, route: Route | None) -> Linear:
+    """The use as one layer sees it: its factors may be those of each row's own expert."""
+    if not isinstance(route, Rows):
+        return linear
+    if linear.row_x is None or linear.row_y is None:
+        raise RouteError("its x has no rows: this product sorts them by group")
+    each_x = functools.partial(each_row, route, axis=linear.row_x, to=linear.row_x)
+    each_y = functools.partial(each_row, route, axis=linear.row_y, to=linear.row_y)
+    each = functools.partial(each_row, route, axis=linear.row_x, to=linear.row_y)
+
+    def product(x: Any, first: jax.Array, second: jax.Array, route: Route | None) -> jax.Array:
+        return each(lambda x, a, b: linear.product(x, a, b, None), x, (first, second))
+
+    # A row without an expert gets zeros, which leave a scale as it is.
+    return dataclasses.replace(
+        linear,
+        product=product,
+        scale_x=lambda x, s: each_x(lambda x, s: linear.scale_x(x, 1 + s), x, (s - 1,)),
+        scale_y=lambda y, s: each_y(lambda y, s: linear.scale_y(y, 1 + s), y, (s - 1,)),
+        shift_y=lambda y, s: each_y(linear.shift_y, y, (s,)),
+    )
 
 
 def _add(y: jax.Array, delta: jax.Array) -> jax.Array:
@@ -187,11 +224,13 @@ def placed(view: View) -> View:
 
 
 def split_as(spec: PartitionSpec, dims: Dims, array: Any, base: jax.Array) -> PartitionSpec:
-    """The spec of an array along these axes of a weight; where it broadcasts it is whole."""
-    sizes = zip(dims, array.shape, strict=True)
-    return PartitionSpec(
-        *[None if dim is None or n != base.shape[dim] else spec[dim] for dim, n in sizes]
-    )
+    """The spec of an array along these axes of a weight; where it broadcasts it is whole.
+
+    So it is along axes of experts, which follow those of the weight.
+    """
+    sizes = zip(dims, array.shape, strict=False)
+    own = [None if dim is None or n != base.shape[dim] else spec[dim] for dim, n in sizes]
+    return PartitionSpec(*own, *[None] * (array.ndim - len(dims)))
 
 
 def along(scale: jax.Array, dims: Dims, like: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from peftjax.engine import compat, results
 from peftjax.engine.control import CONTROL
 from peftjax.engine.linear import apply, orient, placed
+from peftjax.engine.routes import RouteError
 from peftjax.engine.rules import RULES, Rule
 from peftjax.engine.steps import RESHAPING, STEPS, Equation
 from peftjax.engine.trace import Seen, Trace, Used, plain
@@ -129,7 +130,7 @@ def _use(
                 for leaf in (operands[position].leaf, *operands[position].joined):
                     trace.note(eqn, _seen(leaf, operands[position].axes, usage, rule, eqn))
         inputs = [plain(trace, operand, eqn, "") for operand in operands]
-        return [Result(compat.evaluate_one(eqn, inputs)[0], view.leaf)]
+        return [_result(eqn, view, rule, position, inputs, compat.evaluate_one(eqn, inputs)[0])]
     oriented = orient(view, usage)
     if isinstance(oriented, str):
         return oriented
@@ -145,7 +146,27 @@ def _use(
     use, x = plan
     tokens = use.tokens * view.times
     trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, "", tokens))
-    return [apply(use, fold_in(view, trace.number(eqn)).layers, x).astype(out.dtype)]
+    try:
+        y = apply(use, fold_in(view, trace.number(eqn)).layers, x).astype(out.dtype)
+    except RouteError as error:
+        raise RouteError(
+            f"{trace.names[view.leaf]} meets {eqn.primitive.name} as {view.base.aval.str_short()}: "
+            f"{error}. Leave the module out, or let every row run by itself with "
+            f"adapt(..., batch_axes=)."
+        ) from error
+    if not view.tapped:
+        return [y]
+    inputs[position] = view.base
+    return [_result(eqn, view, rule, position, inputs, y)]
+
+
+def _result(
+    eqn: compat.Eqn, view: View, rule: Rule, position: int, inputs: list[Any], value: jax.Array
+) -> Result:
+    """The result of a use, with what the weight was applied to if that is wanted."""
+    met = rule.tapped(eqn.params, position, inputs) if view.tapped else None
+    x, features = met or (None, None)
+    return Result(value, view.leaf, x=x, features=features)
 
 
 def _seen(leaf: int, axes: Axes, usage: Sequence[Role], rule: Rule, eqn: compat.Eqn) -> Seen:

@@ -3,11 +3,12 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from peftjax.engine.compat import Eqn
 from peftjax.engine.trace import Biased, Trace
-from peftjax.engine.views import Result, View
+from peftjax.engine.views import Result, View, reshape_blocks
 
 _VIEWS = {
     "broadcast_in_dim",
@@ -36,7 +37,7 @@ def follow(eqn: Eqn, operands: list[Any], values: list[Any], trace: Trace) -> li
         return values
     (result,), name = results, eqn.primitive.name
     if name in _VIEWS and operands[0] is result:
-        return [dataclasses.replace(result, value=values[0])]
+        return [_viewed(result, eqn, values[0])]
     if name not in _SCALAR:
         return values
     others = [operand for operand in operands if operand is not result]
@@ -46,4 +47,22 @@ def follow(eqn: Eqn, operands: list[Any], values: list[Any], trace: Trace) -> li
             trace.note(eqn, Biased(result.leaf, others[0].leaf, kept))
     elif any(jnp.ndim(getattr(other, "base", other)) for other in others):
         return values
-    return [Result(values[0], result.leaf, bare=False)]
+    return [dataclasses.replace(result, value=values[0], bare=False)]
+
+
+def _viewed(result: Result, eqn: Eqn, value: jax.Array) -> Result:
+    """The result after a view, its x in the same layout."""
+    after = dataclasses.replace(result, value=value)
+    x, features, old, new = result.x, result.features, result.value.shape, value.shape
+    if x is None or features is None or (old == new and eqn.primitive.name != "transpose"):
+        return after
+    if eqn.primitive.name == "transpose":
+        order = eqn.params["permutation"]
+        return dataclasses.replace(after, x=jnp.transpose(x, order), features=order.index(features))
+    blocks = reshape_blocks(old, new) if value.size == result.value.size else None
+    kept = [n for o, n in blocks or () if o == range(features, features + 1) and len(n) == 1]
+    if not kept:  # a slice, perhaps, of which x keeps the whole
+        return dataclasses.replace(after, x=jnp.moveaxis(x, features, -1), features=None)
+    axis = kept[0].start
+    shape = (*new[:axis], x.shape[features], *new[axis + 1 :])
+    return dataclasses.replace(after, x=x.reshape(shape), features=axis)

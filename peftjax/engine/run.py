@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from peftjax.engine import compat
 from peftjax.engine.replay import replay
@@ -12,22 +13,35 @@ from peftjax.engine.views import Layer, Result, Role, View
 
 
 def mark(
-    array: jax.Array, leaf: int, roles: tuple[Role, ...] | None, layers: tuple[Layer, ...] = ()
+    array: jax.Array,
+    leaf: int,
+    roles: tuple[Role, ...] | None,
+    layers: tuple[Layer, ...] = (),
+    tapped: bool = False,
 ) -> View:
     """A leaf of the params tree as a marked weight."""
-    return View(array, layers, leaf, tuple((axis,) for axis in range(array.ndim)), roles)
+    axes = tuple((axis,) for axis in range(array.ndim))
+    return View(array, layers, leaf, axes, roles, tapped=tapped)
 
 
 def run(
     trace: Trace, function: Callable[..., Any], arrays: Sequence[Any], marked: Sequence[Any]
-) -> tuple[Any, set[int]]:
+) -> tuple[Any, dict[int, jax.Array | None]]:
     """Runs a function of a list of arrays with some of them marked.
 
-    Returns its result, and the leaves whose use reaches it through views, bias and scalars alone.
+    Returns its result, and the leaves whose use reaches it through views, bias and scalars alone:
+    those that are tapped with what they were applied to, its features on the last axis.
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(list(arrays))
     jaxpr, consts = compat.prune(closed)
     outs = replay(trace, jaxpr, consts, marked)
-    heads = {out.leaf for out in outs if isinstance(out, Result)}
+    heads = {out.leaf: _x(out) for out in outs if isinstance(out, Result)}
     outs = [plain(trace, out, None, "the function returns the weight") for out in outs]
     return jax.tree.unflatten(jax.tree.structure(shape), outs), heads
+
+
+def _x(result: Result) -> jax.Array | None:
+    """What a tapped weight was applied to, its features on the last axis."""
+    if result.x is None or result.features is None:
+        return result.x
+    return jnp.moveaxis(result.x, result.features, -1)

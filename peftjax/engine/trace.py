@@ -133,4 +133,10 @@ def plain(trace: Trace, value: Any, eqn: Eqn | None, reason: str) -> Any:
             f"weight and cannot be merged: set the dropout to 0, exclude this module, or call the "
             f"adapter without a key."
         )
+    if value.routed:
+        raise FallbackError(
+            f"{met} Only one merged weight can go on from here, but rows or tokens have weights of "
+            f"their own: exclude this module, or let every row run by itself with "
+            f"adapt(..., batch_axes=)."
+        )
     return merged(value)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.engine import compat
+from peftjax.engine.routes import Route
 from peftjax.factors import Factors
 
 Kind = Literal["dense", "conv", "lookup"]
@@ -25,10 +26,20 @@ Dims = tuple[int | None, ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What one adapter does to one weight: its factors, and the key of its dropout if any."""
+    """What one adapter does to one weight.
+
+    Attributes:
+      factors: its factors.
+      key: the key of its dropout, if any.
+      route: which of several experts serves which row or token; None for a single one.
+      shift: what is added to the result of a row, shape (*stack, *out, experts): the change of the
+        bias, which has no rows.
+    """
 
     factors: Factors
     key: jax.Array | None = None
+    route: Route | None = None
+    shift: jax.Array | None = None
 
     @property
     def drops(self) -> bool:
@@ -44,7 +55,8 @@ class View:
     Attributes:
       base: the frozen weight as the unadapted model has it here.
       layers: the adapters, first applied first. Their factors' axes follow the order of the
-        current axes: ``A (*stack, *in, rank)``, ``B (*stack, rank, *out)``, scales likewise.
+        current axes: ``A (*stack, *in, rank)``, ``B (*stack, rank, *out)``, scales likewise; an
+        axis of experts may follow.
       leaf: which leaf of the params tree this is.
       axes: for each current axis, the axes of the original weight it is made of; none for an axis
         of size 1 that was added on the way.
@@ -52,6 +64,7 @@ class View:
       times: how often the loops around it use this one weight.
       joined: while roles are being found out, other leaves that went into this array along the
         same axes, as when weights are concatenated.
+      tapped: whether the x of its uses is wanted too.
     """
 
     base: jax.Array
@@ -61,6 +74,7 @@ class View:
     roles: tuple[Role, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     times: int = dataclasses.field(default=1, metadata={"static": True})
     joined: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    tapped: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def role(self, axis: int) -> Role | None:
         """Role of a current axis; None if it was added on the way, or while nothing is known."""
@@ -76,9 +90,14 @@ class View:
             n not in (1, self.base.shape[axis])
             for scale in scales
             if scale is not None
-            for axis, n in zip(layout(self)["in_scale"], scale.shape, strict=True)
+            for axis, n in zip(layout(self)["in_scale"], scale.shape, strict=False)
             if axis is not None
         )
+
+    @property
+    def routed(self) -> bool:
+        """Whether any adapter treats rows or tokens differently."""
+        return any(layer.route is not None for layer in self.layers)
 
     def dims(self, role: Role) -> tuple[int, ...]:
         """The current axes that have this role, in order."""
@@ -95,17 +114,22 @@ class View:
 class Result:
     """The result of a linear use, after views, its bias and scalar operations alone.
 
-    Only while sites are being found: a replay with adapters has no such marks.
+    Only while sites are being found, and of a weight that is tapped.
 
     Attributes:
       value: the result.
       leaf: the leaf that was used.
       bare: whether its bias may still follow: nothing but views has happened.
+      x: what the weight was applied to, if that is wanted, in the layout of the value.
+      features: the axis of x that the weight sums over, and of the value that it makes; None if x
+        can be followed no further.
     """
 
     value: jax.Array
     leaf: int = dataclasses.field(metadata={"static": True})
     bare: bool = dataclasses.field(default=True, metadata={"static": True})
+    x: jax.Array | None = None
+    features: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def layout(view: View) -> dict[str, Dims]:
@@ -117,7 +141,7 @@ def layout(view: View) -> dict[str, Dims]:
         "in_scale": (*stack, *ins),
         "out_scale": (*stack, *outs),
         "change": (*stack, *ins, *outs),
-        "key": stack,
+        "stack": stack,
     }
 
 
@@ -125,11 +149,20 @@ def remap(view: View, after: View, change: Callable[[jax.Array, Dims, Dims], jax
     """Applies one step to every factor; ``after`` is the view with its new base, axes and roles.
 
     ``change`` gets an array and the axis of each of its dimensions, before and after the step.
+    Dimensions behind those, such as the experts', ride along.
     """
     before, target = layout(view), layout(after)
 
     def part(name: str, array: jax.Array | None) -> jax.Array | None:
-        return None if array is None else change(array, before[name], target[name])
+        if array is None:
+            return None
+
+        def one(array: jax.Array) -> jax.Array:
+            return change(array, before[name], target[name])
+
+        for _ in range(array.ndim - len(before[name])):
+            one = jax.vmap(one, in_axes=-1, out_axes=-1)
+        return one(array)
 
     def step(layer: Layer) -> Layer:
         f = layer.factors
@@ -140,7 +173,12 @@ def remap(view: View, after: View, change: Callable[[jax.Array, Dims, Dims], jax
             in_scale=part("in_scale", f.in_scale),
             out_scale=part("out_scale", f.out_scale),
         )
-        return Layer(factors, part("key", layer.key))
+        return Layer(
+            factors,
+            part("stack", layer.key),
+            jax.tree.map(lambda array: part("stack", array), layer.route),
+            part("out_scale", layer.shift),
+        )
 
     return dataclasses.replace(after, layers=tuple(map(step, view.layers)))
 
@@ -158,7 +196,7 @@ def transpose(view: View, permutation: tuple[int, ...], base: jax.Array) -> View
 
 def reshape(view: View, shape: tuple[int, ...], base: jax.Array) -> View | None:
     """The view reshaped, as the base already is; None where axes of different roles would mix."""
-    blocks = _reshape_blocks(view.base.shape, shape)
+    blocks = reshape_blocks(view.base.shape, shape)
     if blocks is None:
         return None
     axes: list[tuple[int, ...]] = [()] * len(shape)
@@ -180,7 +218,7 @@ def reshape(view: View, shape: tuple[int, ...], base: jax.Array) -> View | None:
     return remap(view, dataclasses.replace(view, base=base, axes=tuple(axes)), change)
 
 
-def _reshape_blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[range, range]] | None:
+def reshape_blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[range, range]] | None:
     """The finest pairing of old axes with new axes of equal product; None for empty arrays."""
     if 0 in old:
         return None

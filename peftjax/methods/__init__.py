@@ -13,10 +13,15 @@ from peftjax.methods.loha import LoHaConfig as LoHaConfig
 from peftjax.methods.loha import join_loha as join_loha
 from peftjax.methods.loha import split_loha as split_loha
 from peftjax.methods.lora import LoraConfig as LoraConfig
+from peftjax.methods.xlora import XLoraConfig as XLoraConfig
+from peftjax.methods.xlora import init_xlora as init_xlora
+from peftjax.methods.xlora import xlora_experts as xlora_experts
+from peftjax.methods.xlora import xlora_layers as xlora_layers
 
 # The only place where a method is looked up by name: the reader of a config file.
 CONFIGS: dict[str, type[AdapterConfig]] = {
-    cls.peft_type: cls for cls in (LoraConfig, AdaLoraConfig, LoHaConfig, HRAConfig, IA3Config)
+    cls.peft_type: cls
+    for cls in (LoraConfig, AdaLoraConfig, LoHaConfig, HRAConfig, IA3Config, XLoraConfig)
 }
 
 

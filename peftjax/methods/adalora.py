@@ -352,4 +352,7 @@ AdaLoraConfig.method = Method(
     factors=_factors,
     rank_axes={"lora_A": (-1,), "lora_E": (-1,), "lora_B": (0,)},
     rank_mask=_rank_mask,
+    params=("lora_A", "lora_E", "lora_B"),
+    program=("lora_dropout",),
+    mixes=lambda config: True,
 )

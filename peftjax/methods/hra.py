@@ -236,4 +236,6 @@ HRAConfig.method = Method(
     inverse=_inverse,
     rank_axes={"hra_u": (-1,)},
     reads_weight=lambda config: True,
+    params=("hra_u",),
+    program=("apply_GS",),
 )

@@ -154,4 +154,6 @@ def _bias(config: IA3Config, params: Arrays, buffers: Arrays, weight: Weight) ->
     return BiasChange() if feedforward else BiasChange(scale=scale)
 
 
-IA3Config.method = Method(settings=_settings, init=_init, factors=_factors, bias=_bias)
+IA3Config.method = Method(
+    settings=_settings, init=_init, factors=_factors, bias=_bias, params=("ia3_l",)
+)

@@ -341,4 +341,7 @@ LoHaConfig.method = Method(
         "hada_t2": (0, 1),
     },
     wants_tokens=_wants_tokens,
+    params=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    program=("use_effective_conv2d", "rank_dropout", "module_dropout"),
+    mixes=lambda config: True,
 )

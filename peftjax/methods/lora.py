@@ -353,4 +353,7 @@ LoraConfig.method = Method(
     init_reads_weight=lambda config: config.use_dora,
     buffers_read_weight=_starts_from_weight,
     reads_weight=lambda config: config.use_dora,
+    params=("lora_A", "lora_B", "lora_B_bias", "lora_magnitude_vector"),
+    program=("use_dora", "lora_dropout", "lora_bias"),
+    mixes=lambda config: not config.use_dora,
 )

@@ -25,6 +25,8 @@ class Rule:
       taps: the axes of the weight along which a kernel's taps lie, from the parameters.
       groups: the feature groups of the use, from the parameters.
       dilated: whether a kernel's taps lie apart, from the parameters.
+      tapped: from the parameters, the weight's position and the operands: what the weight is
+        applied to, in the layout of the result, and which axis its features are.
     """
 
     kind: Kind
@@ -35,10 +37,13 @@ class Rule:
     taps: Callable[[dict[str, Any]], tuple[int, ...]] = lambda params: ()
     groups: Callable[[dict[str, Any]], int] = lambda params: 1
     dilated: Callable[[dict[str, Any]], bool] = lambda params: False
+    tapped: Callable[[dict[str, Any], int, list[jax.Array]], tuple[jax.Array, int] | None] = (
+        lambda params, position, operands: None
+    )
 
 
 RULES: dict[str, Rule] = {
-    "dot_general": Rule("dense", dot.usage, dot.linear),
+    "dot_general": Rule("dense", dot.usage, dot.linear, tapped=dot.tapped),
     "conv_general_dilated": Rule(
         "conv",
         conv.usage,

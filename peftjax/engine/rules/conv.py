@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.engine.linear import Linear, along
+from peftjax.engine.routes import Route, gated
 from peftjax.engine.views import Role, View, layout
 
 
@@ -42,18 +43,24 @@ def linear(
     for layer in view.layers:
         scale = layer.factors.in_scale
         # A scale of its own for every channel of x, all groups' together, is x's own as well.
-        if scale is not None and any(n != 1 for i, n in enumerate(scale.shape) if i != channels):
+        if scale is not None and any(
+            n != 1 for i, n in enumerate(scale.shape[: len(parts["in_scale"])]) if i != channels
+        ):
             return "its in-scale differs between the taps of the kernel"
 
     def base(x: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(x, view.base, **params)
 
-    def product(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    def product(
+        x: jax.Array, first: jax.Array, second: jax.Array, route: Route | None
+    ) -> jax.Array:
         # The first kernel keeps the taps and gives each group its own copy of the rank features;
         # the second has one tap and, grouped alike, sees exactly those of its group.
         down = jnp.moveaxis(first.astype(x.dtype), -1, out_axis)
         down = jnp.concatenate([down] * groups, axis=out_axis) if groups > 1 else down
         inner = lax.conv_general_dilated(x, down, **params)
+        batch, rank, *image = numbers.out_spec
+        inner = gated(inner, route, (batch, *image), rank=rank, copies=groups)
         up = second.astype(x.dtype)
         up = up.T if in_axis > out_axis else up
         up = lax.expand_dims(up, sorted(spatial))
@@ -74,8 +81,17 @@ def linear(
         scale = jnp.tile(scale.ravel(), channels_of_x // scale.size)
         return x * along(scale, (numbers.lhs_spec[1],), x)
 
-    def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
-        return y * along(scale, (numbers.out_spec[1],), y)
+    def along_y(y: jax.Array, part: jax.Array) -> jax.Array:
+        return along(part, (numbers.out_spec[1],), y)
 
-    tokens = out.size // max(1, out.shape[numbers.out_spec[1]])
-    return Linear(base, product, scale_x, scale_y, tokens), operands[0]
+    use = Linear(
+        base,
+        product,
+        scale_x,
+        scale_y=lambda y, s: y * along_y(y, s),
+        shift_y=lambda y, s: y + along_y(y, s),
+        tokens=out.size // max(1, out.shape[numbers.out_spec[1]]),
+        row_x=numbers.lhs_spec[0],
+        row_y=numbers.out_spec[0],
+    )
+    return use, operands[0]

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from peftjax.engine import compat
 from peftjax.engine.linear import Linear, along
+from peftjax.engine.routes import Route, gated
 from peftjax.engine.views import Role, View, layout
 from peftjax.factors import accumulation_dtype
 
@@ -52,7 +53,9 @@ def linear(
         options = {key: value for key, value in params.items() if key != "dimension_numbers"}
         return multiply(x, view.base, numbers, **options)
 
-    def product(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    def product(
+        x: jax.Array, first: jax.Array, second: jax.Array, route: Route | None
+    ) -> jax.Array:
         free_x = [axis for axis in range(x.ndim) if axis not in (*contract_x, *batch_x)]
         spec = compat.explicit_spec(x)
         inner_spec = spec and PartitionSpec(*[spec[a] for a in (*batch_x, *free_x)], None)
@@ -68,12 +71,16 @@ def linear(
             ),
             out_sharding=inner_spec,
             **options,
-        ).astype(x.dtype)
+        )
+        # The stack of the route in the order of the batch.
+        along_stack = [list(batch_w).index(axis) for axis in view.dims("stack")]
+        free = range(n_batch, inner.ndim - 1)
+        inner = gated(inner, route, free, stack=along_stack).astype(x.dtype)
         numbers = (
             ([inner.ndim - 1], [second_dims.index(None)]),
             (list(range(n_batch)), [second_dims.index(axis) for axis in batch_w]),
         )
-        return multiply(inner, second, numbers, out_sharding=out_spec, **options)
+        return multiply(inner, second, numbers, out_sharding=spec and out_spec, **options)
 
     def axis_of_y(axis: int, y_ndim: int) -> int:
         if axis in batch_w:
@@ -88,15 +95,42 @@ def linear(
         (*stack, *(outs if transposed else ins)),
         (*stack, *(ins if transposed else outs)),
     )
+
+    def along_y(y: jax.Array, part: jax.Array) -> jax.Array:
+        return along(part, tuple(axis_of_y(axis, y.ndim) for axis in y_dims), y)
+
+    free_x = [axis for axis in range(x.ndim) if axis not in x_axis.values()]
     use = Linear(
         base,
         product,
         scale_x=lambda x, s: x * along(s, tuple(x_axis[axis] for axis in x_dims), x),
-        scale_y=lambda y, s: y * along(s, tuple(axis_of_y(axis, y.ndim) for axis in y_dims), y),
-        tokens=math.prod(n for axis, n in enumerate(x.shape) if axis not in x_axis.values()),
+        scale_y=lambda y, s: y * along_y(y, s),
+        shift_y=lambda y, s: y + along_y(y, s),
+        tokens=math.prod(x.shape[axis] for axis in free_x),
         transposed=transposed,
+        row_x=free_x[0] if free_x else None,
+        row_y=n_batch + (len(free_w) if position == 0 else 0) if free_x else None,
     )
     return use, x
+
+
+def tapped(
+    params: dict[str, Any], position: int, operands: list[jax.Array]
+) -> tuple[jax.Array, int] | None:
+    """What the weight is applied to, with its features where the result has those of the weight.
+
+    Returns it and the axis of its features; None if the weight keeps more axes than one.
+    """
+    contract, batch = params["dimension_numbers"]
+    x, w = operands[1 - position], operands[position]
+    if w.ndim - len(contract[position]) - len(batch[position]) != 1:
+        return None
+    contract_x, batch_x = contract[1 - position], batch[1 - position]
+    free_x = [axis for axis in range(x.ndim) if axis not in (*contract_x, *batch_x)]
+    x = jnp.transpose(x, (*batch_x, *free_x, *contract_x))
+    x = x.reshape(*x.shape[: x.ndim - len(contract_x)], -1)
+    axis = len(batch_x) if position == 0 else x.ndim - 1
+    return jnp.moveaxis(x, -1, axis), axis
 
 
 def _product_options(params: dict, dtype: jnp.dtype) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from peftjax.engine.linear import Linear, along
+from peftjax.engine.routes import Route, gated
 from peftjax.engine.views import Dims, Role, View, layout
 from peftjax.factors import accumulation_dtype
 
@@ -29,9 +30,10 @@ def usage(params: dict[str, Any], position: int, shape: tuple[int, ...]) -> tupl
     return tuple(roles)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """The x of a lookup: which rows, and what scales them."""
+class _Picked:
+    """The x of a lookup: which rows of the table, and what scales them."""
 
     indices: jax.Array
     scale: jax.Array | None = None
@@ -44,7 +46,7 @@ def linear(
     operands: list[jax.Array],
     params: dict[str, Any],
     out: Any,
-) -> tuple[Linear, _Rows] | str:
+) -> tuple[Linear, _Picked] | str:
     """The weight as a table of rows."""
     if transposed:
         return "the lookup takes columns of this weight"
@@ -94,14 +96,17 @@ def linear(
             order[place_of_out] = batch_dims + i
         return jnp.transpose(y, order)
 
-    def base(x: _Rows) -> jax.Array:
+    def base(x: _Picked) -> jax.Array:
         y = lax.gather(view.base, x.indices, **params)
         return y if x.scale is None else y * along(x.scale, tuple(index_place), y)
 
-    def product(x: _Rows, first: jax.Array, second: jax.Array) -> jax.Array:
+    def product(x: _Picked, first: jax.Array, second: jax.Array, route: Route | None) -> jax.Array:
         inner = rows(first, parts["A"], x.indices, 0)
         if x.scale is not None:
             inner = inner * x.scale[..., None].astype(inner.dtype)
+        dims = dict(zip(numbers.operand_batching_dims, stacked, strict=True))
+        free = [dim for dim in range(batch_dims) if dim not in stacked]
+        inner = gated(inner, route, free, stack=[dims[axis] for axis in view.dims("stack")])
         stack = [parts["B"].index(axis) for axis in numbers.operand_batching_dims]
         y = lax.dot_general(
             inner,
@@ -111,13 +116,24 @@ def linear(
         )
         return in_order(y)
 
-    def scale_x(x: _Rows, scale: jax.Array) -> _Rows:
+    def scale_x(x: _Picked, scale: jax.Array) -> _Picked:
         dims = parts["in_scale"]
         full = [view.base.shape[axis] for axis in dims if axis is not None]
         picked = rows(jnp.broadcast_to(scale, full), dims, x.indices, 1)
-        return _Rows(x.indices, picked if x.scale is None else picked * x.scale)
+        return _Picked(x.indices, picked if x.scale is None else picked * x.scale)
 
-    def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
-        return y * along(scale, (*(index_place[dim] for dim in stacked), *offset), y)
+    def along_y(y: jax.Array, part: jax.Array) -> jax.Array:
+        return along(part, (*(index_place[dim] for dim in stacked), *offset), y)
 
-    return Linear(base, product, scale_x, scale_y, tokens=0), _Rows(indices)
+    free = [dim for dim in range(batch_dims) if dim not in stacked]
+    use = Linear(
+        base,
+        product,
+        scale_x,
+        scale_y=lambda y, s: y * along_y(y, s),
+        shift_y=lambda y, s: y + along_y(y, s),
+        tokens=0,
+        row_x=free[0] if free else None,
+        row_y=index_place[free[0]] if free else None,
+    )
+    return use, _Picked(indices)

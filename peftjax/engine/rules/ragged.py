@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.engine.linear import Linear, along
+from peftjax.engine.routes import Route, RouteError
 from peftjax.engine.views import Role, View, layout
 
 
@@ -58,7 +59,11 @@ def linear(
     def base(x: jax.Array) -> jax.Array:
         return lax.ragged_dot_general(x, view.base, group_sizes, **params)
 
-    def product(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    def product(
+        x: jax.Array, first: jax.Array, second: jax.Array, route: Route | None
+    ) -> jax.Array:
+        if route is not None:
+            raise RouteError("its x is sorted by group, which mixes up rows and tokens")
         inner = grouped(
             x,
             first.astype(x.dtype),
@@ -91,9 +96,17 @@ def linear(
     def scale_x(x: jax.Array, scale: jax.Array) -> jax.Array:
         return x * along(by_row(scale), (ragged_x, *(x_axis[axis] for axis in ins)), x)
 
-    def scale_y(y: jax.Array, scale: jax.Array) -> jax.Array:
+    def along_y(y: jax.Array, part: jax.Array) -> jax.Array:
         axes = (row, *(len(free_x) + free_w.index(axis) for axis in outs))
-        return y * along(by_row(scale), axes, y)
+        return along(by_row(part), axes, y)
 
-    tokens = x.shape[ragged_x] // max(1, group_sizes.shape[0])
-    return Linear(base, product, scale_x, scale_y, tokens, transposed), x
+    use = Linear(
+        base,
+        product,
+        scale_x,
+        scale_y=lambda y, s: y * along_y(y, s),
+        shift_y=lambda y, s: y + along_y(y, s),
+        tokens=x.shape[ragged_x] // max(1, group_sizes.shape[0]),
+        transposed=transposed,
+    )
+    return use, x

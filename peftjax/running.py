@@ -1,0 +1,151 @@
+"""One run of a model with adapters in it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+from peftjax.adapter import Adapter
+from peftjax.attach import attach, check_fits
+from peftjax.changes import wants_tokens
+from peftjax.engine.run import mark, run
+from peftjax.engine.trace import Trace, Used
+from peftjax.routes import Mix, Rows
+from peftjax.trees import Static, is_array, leaf_paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model, and what to do where its adapters do not fit.
+
+    Attributes:
+      apply_fn: a pure function of a params tree and whatever else.
+      on_fallback: as ``adapt`` takes it.
+      on_unused: likewise.
+    """
+
+    apply_fn: Callable[..., Any]
+    on_fallback: Literal["materialize", "error"] = "materialize"
+    on_unused: Literal["error", "ignore"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.on_fallback not in ("materialize", "error"):
+            raise ValueError(
+                f"on_fallback must be 'materialize' or 'error', got {self.on_fallback!r}"
+            )
+        if self.on_unused not in ("error", "ignore"):
+            raise ValueError(f"on_unused must be 'error' or 'ignore', got {self.on_unused!r}")
+
+
+def run_with(
+    model: Model,
+    static: Static,
+    arrays: list[Any],
+    adapters: Sequence[Adapter],
+    head: str | None = None,
+) -> tuple[Any, jax.Array | None]:
+    """Runs a model with adapters.
+
+    Args:
+      model: the model.
+      static: its params and arguments, without their arrays.
+      arrays: those arrays.
+      adapters: the adapters, in order.
+      head: path of a weight of which the input is wanted too, where its result is an output.
+
+    Returns:
+      What the model returns, and that input, its features last; None if there is none.
+    """
+    params, args, kwargs = static.fill(arrays)
+    adapters = [_with_lengths(adapter, (args, kwargs)) for adapter in adapters]
+
+    def call(arrays: list[Any]) -> Any:
+        params, args, kwargs = static.fill(arrays)
+        return model.apply_fn(params, *args, **kwargs)
+
+    leaves = leaf_paths(params)
+    check_fits(leaves, adapters)
+    tokens = _count_tokens(call, arrays, leaves, adapters)
+    leaves, views = attach(leaves, adapters, tokens)
+    paths = list(leaves)
+    if head is not None:
+        own = views.get(head) or mark(leaves[head], paths.index(head), None)
+        views[head] = dataclasses.replace(own, tapped=True)
+    trace = Trace(paths, strict=model.on_fallback == "error")
+    arrays = [*leaves.values(), *arrays[len(leaves) :]]
+    marked = [views.get(path, leaf) for path, leaf in leaves.items()]
+    out, heads = run(trace, call, arrays, [*marked, *arrays[len(leaves) :]])
+    _check_used(trace, adapters, paths, model.on_unused)
+    return out, None if head is None else heads.get(paths.index(head))
+
+
+def _with_lengths(adapter: Adapter, args: Any) -> Adapter:
+    """The adapter with the lengths that rows may have, for axes that hold batch x sequence."""
+    route = adapter.route
+    if isinstance(route, Rows):
+        batch = route.index.shape[0]
+    elif isinstance(route, Mix) and route.weights.ndim == 2:
+        batch = route.weights.shape[0]
+    else:
+        return adapter
+    shapes = [leaf.shape for leaf in jax.tree.leaves(args) if is_array(leaf)]
+    lengths = {shape[1] for shape in shapes if len(shape) > 1 and shape[0] == batch}
+    return adapter.replace(route=dataclasses.replace(route, lengths=tuple(sorted(lengths))))
+
+
+def _count_tokens(
+    call: Callable[[list[Any]], Any],
+    arrays: list[Any],
+    leaves: Mapping[str, Any],
+    adapters: Sequence[Adapter],
+) -> dict[str, int]:
+    """How many vectors a call sends through each weight that a method asks about."""
+    asked = {
+        site.path: site
+        for adapter in adapters
+        for site in adapter.sites.values()
+        if wants_tokens(adapter, site)
+    }
+    if not asked:
+        return {}
+    trace, paths = Trace(list(leaves)), list(leaves)
+
+    def count(arrays: list[Any]) -> Any:
+        marked = [
+            mark(x, i, asked[path].roles) if (path := paths[i]) in asked else x
+            for i, x in enumerate(arrays[: len(paths)])
+        ]
+        return run(trace, call, arrays, [*marked, *arrays[len(paths) :]])[0]
+
+    jax.eval_shape(count, arrays)
+    tokens: dict[str, int] = dict.fromkeys(asked, 0)
+    for record in trace.records.values():
+        if isinstance(record, Used):
+            tokens[paths[record.leaf]] += record.tokens
+    return tokens
+
+
+def _check_used(
+    trace: Trace, adapters: Sequence[Adapter], paths: list[str], on_unused: str
+) -> None:
+    """Raises if adapters would go unnoticed."""
+    used = {paths[r.leaf] for r in trace.records.values() if isinstance(r, Used)}
+    for adapter in adapters:
+        idle = [site.name for site in adapter.sites.values() if site.path not in used]
+        if not idle or (on_unused == "ignore" and len(idle) < len(adapter.sites)):
+            continue
+        if len(idle) == len(adapter.sites):
+            raise ValueError(
+                f"this function uses none of the adapter's {len(idle)} modules ({_some(idle)}): "
+                f"it would run without the adapter; pass None for that"
+            )
+        raise ValueError(
+            f"this function does not use {len(idle)} of the adapter's {len(adapter.sites)} "
+            f"modules ({_some(idle)}): for a function that runs a part of the model use "
+            f"adapt(..., on_unused='ignore')"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
