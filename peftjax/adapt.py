@@ -8,9 +8,10 @@ import jax
 
 from peftjax.adapter import Adapter
 from peftjax.attach import as_sequence
+from peftjax.by_row import run_by_row
 from peftjax.engine.routes import RouteError
 from peftjax.first_pass import HiddenStates, first_pass, for_every_layer, routing
-from peftjax.running import Model, run_with
+from peftjax.running import Model, rows, run_with
 from peftjax.trees import Static, split
 
 
@@ -19,6 +20,7 @@ def adapt(
     *,
     on_fallback: Literal["materialize", "error"] = "materialize",
     on_unused: Literal["error", "ignore"] = "error",
+    batch_axes: Any = None,
     hidden_states: HiddenStates | None = None,
     return_scalings: bool = False,
 ) -> Callable[..., Any]:
@@ -41,6 +43,10 @@ def adapt(
         ``"error"``.
       on_unused: what to do about an adapted weight that this function does not use: ``"error"``,
         or ``"ignore"`` for functions that run a part of the model, such as an encoder alone.
+      batch_axes: for a bank's rows, where the rows of the batch lie in the arguments after params
+        and adapter, as ``jax.vmap`` takes it in ``in_axes``. Then each row runs by itself, under
+        ``jax.vmap``. By default rows are told by the shapes at each use: what it keeps of x has to
+        be (batch, ...) or (batch x sequence, ...).
       hidden_states: for X-LoRA, the last hidden states, of shape (batch, sequence, features), out
         of what ``apply_fn`` returns. By default they are the input of its output head.
       return_scalings: for X-LoRA, whether to return ``(out, scalings)``: besides what ``apply_fn``
@@ -75,6 +81,8 @@ def adapt(
     def run_adapted(static: Static, arrays: list[Any], adapters: tuple[Adapter, ...]) -> Any:
         adapters = tuple(a.replace(buffers=_frozen(a.buffers)) for a in adapters)
         position = routing(adapters)
+        if position is None and batch_axes is not None and any(map(rows, adapters)):
+            return run_by_row(model, batch_axes, static, arrays, adapters)
         if position is None:
             return run_with(model, static, arrays, adapters)[0]
         own = adapters[position]

@@ -13,7 +13,7 @@ from peftjax.engine import routes as engine_routes
 from peftjax.engine.linear import fused, split_as
 from peftjax.engine.views import Layer, View, layout
 from peftjax.factors import Arrays, BiasChange, Change, Dense, Factors, Weight, WeightSpec, inverse
-from peftjax.routes import Mix, Rows
+from peftjax.routes import Mix, Route, Rows
 from peftjax.sites import Site
 from peftjax.stacks import over_stack, spread, stacked_weight
 
@@ -52,7 +52,13 @@ def changed_weight(
         change = inverse(change) if undo else change
         return _only_if(buffers["present"], change) if "present" in buffers else change
 
-    def every(params: Arrays, buffers: Arrays, view: View, key: PRNGKeyArray | None) -> Change:
+    def every(
+        params: Arrays,
+        buffers: Arrays,
+        view: View,
+        key: PRNGKeyArray | None,
+        route: Route | None,
+    ) -> Change:
         keys = _keys(key, site)
         if keys is not None and site.layers is not None:
             keys = keys[jnp.asarray(site.layers)]
@@ -61,13 +67,13 @@ def changed_weight(
         def whole(params: Arrays, buffers: Arrays) -> Change:
             return _spread(over_stack(one, site)(params, buffers, weight, keys), site)
 
-        if adapter.route is None:
+        if route is None:
             return whole(params, buffers)
         change = jax.vmap(whole, out_axes=-1)(params, buffers)
-        return _side_by_side(change, adapter, site) if isinstance(adapter.route, Mix) else change
+        return _side_by_side(change, route, site) if isinstance(route, Mix) else change
 
     make = compat.automatic(every, view.base, lambda shapes: _specs(shapes, view))
-    change = make(*site_arrays(adapter, site), view, own_key)
+    change = make(*site_arrays(adapter, site), view, own_key, adapter.route)
     if isinstance(change, Dense):
         return fused(view, change.change)
     layer = Layer(change, _keys(key, site), _route(adapter, site), shift)
@@ -90,18 +96,15 @@ def _only_if(present: Array, change: Change) -> Change:
     )
 
 
-def _side_by_side(change: Change, adapter: Adapter, site: Site) -> Factors:
+def _side_by_side(change: Change, route: Mix, site: Site) -> Factors:
     """Experts' factors, the last axis of which are the experts, as those of one larger rank."""
-    if isinstance(change, Dense) or change.in_scale is not None or change.out_scale is not None:
-        kind = type(adapter.config).__name__
-        raise ValueError(f"experts of {kind} scale, and can be chosen by row but not mixed")
+    assert isinstance(change, Factors)
     a, b, stack = change.A, change.B, len(site.stack_axes)
-    assert isinstance(adapter.route, Mix)
     assert a is not None
     assert b is not None
-    weights = adapter.route.weights
+    weights = route.weights
     if weights.ndim == 1:
-        b = b * weights.astype(b.dtype)
+        b = b * weights.astype(b.dtype).reshape(*[1] * (b.ndim - 1), -1)
     a, b = jnp.moveaxis(a, -1, -2), jnp.moveaxis(b, -1, stack)
     rank = a.shape[-1] * a.shape[-2]
     return Factors(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from peftjax.adapter import Adapter
 from peftjax.attach import as_sequence, attach, check_fits, refill
 from peftjax.engine.linear import merged
-from peftjax.routes import Rows
+from peftjax.running import rows
 from peftjax.trees import leaf_paths
 
 
@@ -84,7 +84,7 @@ def _check_mergeable(adapters: Sequence[Adapter]) -> None:
     """Raises a ValueError for adapters that treat each row or token in its own way."""
     for each in adapters:
         deciding = each.config.method.gating is not None and each.route is None
-        if deciding or isinstance(each.route, Rows) or (each.route and each.route.weights.ndim > 1):
+        if deciding or rows(each):
             raise ValueError(
                 "an adapter whose experts serve each row or token in its own way has no merged "
                 "weight: merge one expert, or a bank's mix(weights) with one weight an expert"

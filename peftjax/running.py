@@ -9,6 +9,7 @@ import jax
 from peftjax.adapter import Adapter
 from peftjax.attach import attach, check_fits
 from peftjax.changes import wants_tokens
+from peftjax.engine.routes import RouteError
 from peftjax.engine.run import mark, run
 from peftjax.engine.trace import Trace, Used
 from peftjax.routes import Mix, Rows
@@ -59,6 +60,7 @@ def run_with(
     """
     params, args, kwargs = static.fill(arrays)
     adapters = [_with_lengths(adapter, (args, kwargs)) for adapter in adapters]
+    _check_square(model, static, arrays, adapters)
 
     def call(arrays: list[Any]) -> Any:
         params, args, kwargs = static.fill(arrays)
@@ -80,18 +82,65 @@ def run_with(
     return out, None if head is None else heads.get(paths.index(head))
 
 
+def rows(adapter: Adapter) -> int | None:
+    """How many rows an adapter tells apart; None if it treats them all alike."""
+    match adapter.route:
+        case Rows(index=index):
+            return index.shape[0]
+        case Mix(weights=weights) if weights.ndim > 1:
+            return weights.shape[0]
+    return None
+
+
 def _with_lengths(adapter: Adapter, args: Any) -> Adapter:
     """The adapter with the lengths that rows may have, for axes that hold batch x sequence."""
-    route = adapter.route
-    if isinstance(route, Rows):
-        batch = route.index.shape[0]
-    elif isinstance(route, Mix) and route.weights.ndim == 2:
-        batch = route.weights.shape[0]
-    else:
+    route, batch = adapter.route, rows(adapter)
+    if route is None or batch is None:
         return adapter
     shapes = [leaf.shape for leaf in jax.tree.leaves(args) if is_array(leaf)]
-    lengths = {shape[1] for shape in shapes if len(shape) > 1 and shape[0] == batch}
-    return adapter.replace(route=dataclasses.replace(route, lengths=tuple(sorted(lengths))))
+    found = {shape[1] for shape in shapes if len(shape) > 1 and shape[0] == batch}
+    lengths = tuple(sorted(found.union(route.lengths)))
+    return adapter.replace(route=dataclasses.replace(route, lengths=lengths))
+
+
+def _check_square(
+    model: Model, static: Static, arrays: list[Any], adapters: Sequence[Adapter]
+) -> None:
+    """Raises a RouteError if axes of as many positions were taken for those of the rows.
+
+    The shapes tell nothing there; those of a batch with one row more do.
+    """
+    counts = {count for each in adapters if (count := rows(each))}
+    square = [each for each in adapters if each.route and rows(each) in each.route.lengths]
+    if len(counts) != 1 or counts == {1} or not square:
+        return
+    (batch,) = counts
+    _, args, kwargs = static.fill(arrays)
+    first = len(arrays) - sum(map(is_array, jax.tree.leaves((args, kwargs))))
+
+    def grown(array: Any) -> jax.ShapeDtypeStruct:
+        shape = array.shape
+        if shape and shape[0] == batch:
+            shape = (batch + 1, *shape[1:])
+        return jax.ShapeDtypeStruct(shape, array.dtype)
+
+    more = [*arrays[:first], *map(grown, arrays[first:])]
+    routes = [jax.tree.map(grown, each.route) for each in adapters]
+
+    def run(arrays: list[Any], routes: list[Any]) -> Any:
+        both = zip(adapters, routes, strict=True)
+        return run_with(model, static, arrays, [each.replace(route=own) for each, own in both])
+
+    try:
+        jax.eval_shape(run, more, routes)
+    except RouteError as error:
+        raise RouteError(
+            f"there are as many rows as positions, {batch}, and an axis of positions comes first "
+            f"somewhere: with one row more, {error}"
+        ) from error
+    except Exception:
+        # A model of this very batch size cannot be asked.
+        return
 
 
 def _count_tokens(

@@ -36,8 +36,9 @@ def redraw(tree, seed=7):
 
 def mlp(params, x):
     """Two dense layers with biases: ``up`` and ``down``."""
-    h = jnp.tanh(x @ params["up"]["kernel"] + params["up"]["bias"][None])
-    return h @ params["down"]["kernel"] + params["down"]["bias"][None]
+    lead = tuple(range(x.ndim - 1))
+    h = jnp.tanh(x @ params["up"]["kernel"] + jnp.expand_dims(params["up"]["bias"], lead))
+    return h @ params["down"]["kernel"] + jnp.expand_dims(params["down"]["bias"], lead)
 
 
 def mlp_params(dtype=jnp.float32):
@@ -54,7 +55,8 @@ def scanned(params, x):
     """Four scanned and rematerialised residual layers: ``layers.up`` and ``layers.down``."""
 
     def layer(x, own):
-        h = jnp.tanh(x @ own["up"]["kernel"] + own["up"]["bias"][None])
+        lead = tuple(range(x.ndim - 1))
+        h = jnp.tanh(x @ own["up"]["kernel"] + jnp.expand_dims(own["up"]["bias"], lead))
         return x + h @ own["down"]["kernel"], None
 
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

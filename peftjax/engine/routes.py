@@ -46,7 +46,7 @@ class Gates:
 
     Attributes:
       weights: shape (*stack, batch, experts) or (*stack, batch, sequence, experts).
-      lengths: as of ``Rows``, for weights that are the same along a row.
+      lengths: as of ``Rows``.
       tokens: number of axes between the stack and the experts.
     """
 
@@ -84,7 +84,7 @@ def gated(
     sizes = [features.shape[axis] for axis in free]
     if route.tokens == 1 and (length := _positions(weights.shape[-2], sizes, route.lengths)) > 1:
         weights = jnp.repeat(weights, length, axis=-2)
-    tokens = _along(weights.shape[len(stack) : -1], sizes)
+    tokens = _along(weights.shape[len(stack) : -1], sizes, route.lengths)
     each = features.shape[rank] // (weights.shape[-1] * copies)
     laid = compat.replicate(jnp.repeat(weights, each, axis=-1))
     laid = jnp.tile(laid.reshape(*leading, *tokens, -1), copies)
@@ -100,7 +100,7 @@ def gated(
     return features * compat.place_like(laid, spec, features).astype(features.dtype)
 
 
-def _along(tokens: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
+def _along(tokens: Sequence[int], sizes: Sequence[int], lengths: Sequence[int]) -> tuple[int, ...]:
     """The first of the axes that x keeps, along which tokens lie in order."""
     batch, length = tokens[0], math.prod(tokens[1:])
     if tuple(sizes[: len(tokens)]) == tuple(tokens):
@@ -110,10 +110,10 @@ def _along(tokens: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...]:
         for end in range(2, len(sizes) + 1):
             if sizes[0] == batch and math.prod(sizes[1:end]) == length:
                 return tuple(sizes[:end])
-        if sizes[0] == batch * length:
+        if sizes[0] == batch * length and length in lengths:
             return (sizes[0],)
-    if list(sizes) == [batch * length]:
-        return tuple(sizes)
+    if list(sizes) == [batch] and length == 1:
+        return (batch,)
     raise RouteError(
         f"weights for tokens of shape {tuple(tokens)} do not fit what this use keeps of x, "
         f"{tuple(sizes)}: it has to be (batch, sequence, ...) or (batch x sequence, ...)"
@@ -127,8 +127,8 @@ def _positions(batch: int, sizes: Sequence[int], lengths: Sequence[int]) -> int:
     if sizes and sizes[0] in [batch * length for length in lengths]:
         return sizes[0] // batch
     raise RouteError(
-        f"{batch} rows do not fit what this use keeps of x, {tuple(sizes)}: it has to be (batch, "
-        f"...) or (batch x sequence, ...)"
+        f"the first axis that this use keeps of x has size {sizes[0] if sizes else 'of none'}, and "
+        f"{batch} rows are routed: it has to be that of the batch, or of batch x sequence"
     )
 
 
@@ -153,11 +153,11 @@ def each_row(
     """
     like = jax.tree.leaves(x)[0]
     index, spec = route.rows, compat.explicit_spec(like)
-    length = _positions(index.shape[0], like.shape[axis:], route.lengths)
+    length = _positions(index.shape[0], like.shape[axis : axis + 1], route.lengths)
 
     def every(x: Any, parts: Sequence[jax.Array], index: jax.Array) -> Any:
         rows = jax.tree.map(lambda array: _split(array, axis, length), x)
-        own = [_taken(part, index) for part in parts]
+        own = [taken(part, index, axis=-1) for part in parts]
         y = jax.vmap(function, in_axes=(0, *[-1] * len(own)))(rows, *own)
         return jax.tree.map(lambda array: _joined(array, to), y)
 
@@ -182,7 +182,13 @@ def _joined(array: jax.Array, axis: int) -> jax.Array:
     return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
-def _taken(part: jax.Array, index: jax.Array) -> jax.Array:
-    """The part of each row's expert: zeros for -1, and NaN for an expert that is not there."""
-    taken = jnp.take(part, jnp.where(index < 0, 0, index), axis=-1, mode="fill", fill_value=jnp.nan)
-    return jnp.where(index == -1, jnp.zeros_like(taken), taken)
+def taken(array: jax.Array, index: jax.Array, *, axis: int) -> jax.Array:
+    """What experts have along an axis: zeros for -1, and NaN for an expert that is not there."""
+    beyond = array.shape[axis]
+    index = jnp.where(index < -1, beyond, index)
+    fill = True if array.dtype == bool else jnp.nan
+    found = jnp.take(array, jnp.maximum(index, 0), axis=axis, mode="fill", fill_value=fill)
+    shape = [1] * found.ndim
+    if index.ndim:
+        shape[axis] = -1
+    return jnp.where((index == -1).reshape(shape), jnp.zeros_like(found), found)
