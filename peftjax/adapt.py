@@ -86,7 +86,7 @@ def adapt(
         if position is None:
             return run_with(model, static, arrays, adapters)[0]
         own = adapters[position]
-        scalings, _ = first_pass(model, hidden_states, static, arrays, adapters)
+        scalings, _ = first_pass(model, hidden_states, static, arrays, adapters, with_out=False)
         mixed = (*adapters[:position], own.with_scalings(scalings), *adapters[position + 1 :])
         try:
             out, _ = run_with(model, static, arrays, mixed)

@@ -109,6 +109,8 @@ def init_adapter(
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"an adapter's dtype must be floating, got {jnp.dtype(dtype).name}")
+    if config.method.gating is not None:
+        raise ValueError("an adapter that mixes experts is made of trained ones: use init_xlora")
     chosen = select_sites(config, sites)
     if callable(config.target_modules):
         config = dataclasses.replace(config, target_modules=tuple(chosen))

@@ -128,10 +128,11 @@ def _route(adapter: Adapter, site: Site) -> engine_routes.Route | None:
         return engine_routes.Gates(laid, route.lengths, weights.ndim - 1)
     if weights.shape[2] == 1:
         laid = jnp.broadcast_to(weights[:, :, 0], (*stack, *weights[:, :, 0].shape))
-        return engine_routes.Gates(laid)
+        return engine_routes.Gates(laid, route.lengths)
     places = adapter.buffers[site.name]["place"]
     laid = jnp.moveaxis(jnp.take(weights, places.ravel(), axis=2), 2, 0)
-    return engine_routes.Gates(spread(laid.reshape(*places.shape, *laid.shape[1:]), site, 0))
+    laid = spread(laid.reshape(*places.shape, *laid.shape[1:]), site, 0)
+    return engine_routes.Gates(laid, route.lengths)
 
 
 def _keys(key: PRNGKeyArray | None, site: Site) -> PRNGKeyArray | None:

@@ -58,7 +58,7 @@ def xlora_scalings(
     def run(
         static: Static, arrays: list[Any], adapters: tuple[Adapter, ...]
     ) -> tuple[jax.Array, Any]:
-        scalings, out = first_pass(model, hidden_states, static, arrays, adapters)
+        scalings, out = first_pass(model, hidden_states, static, arrays, adapters, with_out=True)
         position = routing(adapters)
         assert position is not None
         return for_every_layer(scalings, adapters[position]), out
@@ -110,8 +110,10 @@ def first_pass(
     static: Static,
     arrays: list[Any],
     adapters: Sequence[Adapter],
+    *,
+    with_out: bool,
 ) -> tuple[Float[Array, "batch sequence _ experts"], Any]:
-    """The scalings, and what the model returns without them.
+    """The scalings, and what the model returns without them, if that is wanted.
 
     The experts take part only if their weights in this pass are not zero.
     """
@@ -132,7 +134,8 @@ def first_pass(
 
     def run(adapters: Sequence[Adapter]) -> tuple[Any, jax.Array]:
         out, hidden = run_with(model, static, held, adapters, head)
-        return out, _checked(hidden_states(out) if hidden_states else hidden, head)
+        hidden = _checked(hidden_states(out) if hidden_states else hidden, head)
+        return (out if with_out else None), hidden
 
     weights = lax.stop_gradient(gating.first_pass(own))
 

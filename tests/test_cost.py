@@ -17,11 +17,15 @@ from peftjax import (
     IA3Config,
     LoHaConfig,
     LoraConfig,
+    XLoraConfig,
     adapt,
     find_sites,
     init_adapter,
+    init_xlora,
     rank_allocator,
+    stack_adapters,
 )
+from peftjax.routes import Rows
 
 KEY = jax.random.key(0)
 
@@ -179,3 +183,80 @@ def test_scanned_costs_what_unrolled_costs():
         )
         counts.append(own - base)
     np.testing.assert_allclose(4 * counts[0], counts[1], rtol=0.05)
+
+
+def decoder(params, ids, biases=None):
+    """Four of the blocks, scanned, between a table and a head."""
+
+    def layer(x, own):
+        return llama.block(*own[:1], x, *own[1:]), None
+
+    layers = (params["layers"],) if biases is None else (params["layers"], biases)
+    # Unrolled only to count: XLA takes a loop's body once, and a body is what is scanned.
+    x, _ = jax.lax.scan(layer, params["embed"][ids], layers, unroll=4)
+    return x @ params["head"]
+
+
+@pytest.mark.parametrize(("experts", "bound"), [(4, 1.03), (16, 1.08)])
+def test_xlora_costs_two_forwards_and_one_backward(experts, bound):
+    def stacked(shape):
+        return jax.ShapeDtypeStruct((4, *shape.shape), shape.dtype)
+
+    params = {
+        "embed": jax.ShapeDtypeStruct((1000, llama.WIDTH), jnp.bfloat16),
+        "layers": jax.tree.map(stacked, llama.params()),
+        "head": jax.ShapeDtypeStruct((llama.WIDTH, 1000), jnp.bfloat16),
+    }
+    ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
+    sites = find_sites(decoder, params, ids)
+
+    def make():
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        adapter = init_adapter(KEY, config, sites)
+        many = {str(i): adapter for i in range(experts)}
+        return init_xlora(KEY, XLoraConfig(), many, sites)
+
+    adapter = jax.eval_shape(make)
+    cotangent = jax.ShapeDtypeStruct((1, 1024, 1000), jnp.bfloat16)
+    biases = {
+        site.name.removeprefix("layers."): stacked(jax.ShapeDtypeStruct(site.out_shape, "float32"))
+        for site in sites.values()
+        if site.stack_axes
+    }
+
+    def base_gradient(biases, cotangent, params, ids):
+        return gradient(lambda biases: decoder(params, ids, biases))(biases, cotangent)
+
+    def own_gradient(trainable, cotangent, params, adapter, ids):
+        adapted = adapt(decoder, on_fallback="error")
+        run = gradient(lambda t: adapted(params, adapter.replace(params=t), ids))
+        return run(trainable, cotangent)
+
+    floor = flops(decoder, params, ids) + flops(base_gradient, biases, cotangent, params, ids)
+    own = flops(own_gradient, adapter.params, cotangent, params, adapter, ids)
+    assert 1.0 < own / floor <= bound
+
+
+def test_a_row_with_its_own_adapter_costs_what_one_adapter_costs():
+    """64 rows of 16 tokens over 64 adapters."""
+    params, x = llama.params(), jax.ShapeDtypeStruct((64, 16, llama.WIDTH), jnp.bfloat16)
+    sites = find_sites(llama.block, params, x)
+
+    def make():
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        adapter = init_adapter(KEY, config, sites)
+        return adapter, stack_adapters({str(i): adapter for i in range(64)}).adapter
+
+    one, many = jax.eval_shape(make)
+    adapted = adapt(llama.block, on_fallback="error")
+    counts = [
+        flops(lambda params, own, x: adapted(params, own, x), params, one, x),
+        flops(
+            lambda params, own, index, x: adapted(params, own.replace(route=Rows(index)), x),
+            params,
+            many,
+            jax.ShapeDtypeStruct((64,), jnp.int32),
+            x,
+        ),
+    ]
+    assert 1.0 <= counts[1] / counts[0] <= 1.005

@@ -17,7 +17,7 @@ from peftjax.adapter import Adapter
 from peftjax.config import AdapterConfig, FrozenMapping, check_probability
 from peftjax.factors import Arrays, Change, Gating, Method, Weight
 from peftjax.routing import expert, stack_adapters
-from peftjax.sites import Sites
+from peftjax.sites import Site, Sites
 from peftjax.unstacking import Index, indices
 
 CLASSIFIER = "xlora_classifier"
@@ -191,7 +191,7 @@ def init_xlora(
         )
     heads = [site for site in sites.values() if site.is_head]
     head = heads[0] if len(heads) == 1 else None
-    size = config.hidden_size or (head.in_size if head else None)
+    size = config.hidden_size or (_features(head) if head else None)
     if size is None:
         raise ValueError(
             "this model has no one output head to tell the size of its hidden states: pass "
@@ -221,8 +221,9 @@ def init_xlora(
     if not config.use_trainable_adapters:
         frozen = {module: own | params.pop(module) for module, own in frozen.items()}
     layers = sum(place.size for place in places.values())
-    params[CLASSIFIER] = _init_classifier(key, config, len(experts), layers)
-    frozen[CLASSIFIER] = {name: jnp.float32(value) for name, value in values.items()}
+    dtype = next(iter(next(iter(stacked.params.values())).values())).dtype
+    params[CLASSIFIER] = _init_classifier(key, config, len(experts), layers, dtype)
+    frozen[CLASSIFIER] = {name: jnp.asarray(value, dtype) for name, value in values.items()}
     return Adapter(params, frozen, None, config, stacked.sites)
 
 
@@ -270,6 +271,11 @@ def check_xlora(adapter: Adapter) -> XLoraConfig:
     return adapter.config
 
 
+def _features(head: Site) -> int:
+    """How many features an output head is applied to: a table is used the other way round."""
+    return head.out_size if head.kind == "lookup" else head.in_size
+
+
 def _places(sites: Sites, names: Names | None) -> dict[str, np.ndarray]:
     """For each weight of each site its place among all, along the site's stack axes."""
     parts = [(site.name, index) for site in sites.values() for index in indices(site)]
@@ -296,16 +302,16 @@ def classifier_sizes(config: XLoraConfig, experts: int, layers: int) -> dict[int
     return {step * i: (n, m) for i, (n, m) in enumerate(itertools.pairwise(widths))}
 
 
-def _init_classifier(key: PRNGKeyArray, config: XLoraConfig, experts: int, layers: int) -> Arrays:
-    """Weights and biases as torch's Linear draws them, in float32."""
+def _init_classifier(
+    key: PRNGKeyArray, config: XLoraConfig, experts: int, layers: int, dtype: Any
+) -> Arrays:
+    """Weights and biases as torch's Linear draws them."""
     params = {}
     for number, (ins, outs) in classifier_sizes(config, experts, layers).items():
         weight_key, bias_key = jax.random.split(jax.random.fold_in(key, number))
         bound = 1 / math.sqrt(ins)
         for name, own, shape in (("weight", weight_key, (ins, outs)), ("bias", bias_key, (outs,))):
-            params[f"layers.{number}.{name}"] = jax.random.uniform(
-                own, shape, jnp.float32, -bound, bound
-            )
+            params[f"layers.{number}.{name}"] = jax.random.uniform(own, shape, dtype, -bound, bound)
     return params
 
 

@@ -15,10 +15,13 @@ from peftjax import (
     IA3Config,
     LoHaConfig,
     LoraConfig,
+    XLoraConfig,
     adapt,
     find_sites,
     init_adapter,
+    init_xlora,
     merge,
+    stack_adapters,
 )
 
 KEY = jax.random.key(0)
@@ -109,6 +112,68 @@ def test_sharded_equals_single_device(kind, shape, method):
     assert abs(float(got - want)) < 1e-4
     assert abs(float(by_merging - want)) < 1e-4
     for a, b in zip(jax.tree.leaves(own_slope), jax.tree.leaves(slope), strict=True):
+        assert float(jnp.abs(a - b).max()) < 1e-5 * max(1.0, float(jnp.abs(b).max()))
+
+
+def experts_of(sites):
+    targets = {"a": ["embed", "q", "o"], "b": ["q"], "c": ["q", "head"], "d": ["o"]}
+    return {
+        name: (
+            adapter := init_adapter(KEY, LoraConfig(r=r, lora_alpha=5, target_modules=own), sites)
+        ).replace(params=redraw(adapter.params, seed=30 * r))
+        for r, (name, own) in enumerate(targets.items(), start=1)
+    }
+
+
+def routed(how, sites):
+    """The same four experts, in each way of choosing among them."""
+    experts = experts_of(sites)
+    if how == "xlora":
+        config = XLoraConfig(layerwise_scalings=True, top_k_lora=3, use_trainable_adapters=True)
+        adapter = init_xlora(KEY, config, experts, sites)
+        return adapter.replace(params=redraw(adapter.params, seed=50))
+    bank = stack_adapters(experts)
+    if how == "rows":
+        return bank.rows(["b", None, "a", "d"])
+    return bank.mix(jax.nn.softmax(normal(4, 5, 4, seed=3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "sharded"),
+    [
+        (AxisType.Auto, "xlora", "data"),
+        (AxisType.Explicit, "xlora", "model"),
+        (AxisType.Explicit, "rows", "data"),
+        (AxisType.Explicit, "mix", None),
+    ],
+)
+def test_experts_on_a_mesh(kind, how, sharded):
+    """Replicated, or with the axis of experts sharded over an axis of the mesh."""
+    single = transformer(explicit=False)
+    adapter = routed(how, find_sites(single, PARAMS, IDS))
+
+    def loss(function, adapter, params, ids):
+        def scalar(trainable):
+            return jnp.sin(function(params, adapter.replace(params=trainable), ids)).sum()
+
+        return jax.value_and_grad(scalar)(adapter.params)
+
+    want, slope = jax.jit(loss, static_argnums=0)(adapt(single), adapter, PARAMS, IDS)
+    mesh, params, ids = on_mesh(kind, (2, 2))
+
+    def place(array):
+        stacked = sharded and array.ndim and array.shape[0] == 4
+        return jax.device_put(array, NamedSharding(mesh, P(sharded))) if stacked else array
+
+    with jax.set_mesh(mesh):
+        parts = {part: dict(getattr(adapter, part)) for part in ("params", "buffers")}
+        for arrays in parts.values():
+            for module in adapter.sites:
+                arrays[module] = jax.tree.map(place, arrays.get(module, {}))
+        model = adapt(transformer(explicit=kind is AxisType.Explicit), on_fallback="error")
+        got, own = jax.jit(loss, static_argnums=0)(model, adapter.replace(**parts), params, ids)
+    assert abs(float(got - want)) < 1e-4
+    for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(slope), strict=True):
         assert float(jnp.abs(a - b).max()) < 1e-5 * max(1.0, float(jnp.abs(b).max()))
 
 
