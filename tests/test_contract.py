@@ -102,7 +102,7 @@ METHODS = [
     ),
     Method("adalora", functools.partial(AdaLoraConfig, init_r=3, target_r=2, lora_alpha=5)),
     Method("hra", hra),
-    Method("hra_gs", functools.partial(hra, apply_GS=True)),
+    Method("hra_gs", functools.partial(hra, apply_GS=True), seldom=True),
     Method("ia3", functools.partial(IA3Config, feedforward_modules=[])),
     Method("ia3_feedforward", functools.partial(IA3Config, feedforward_modules=".*")),
 ]

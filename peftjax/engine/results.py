@@ -45,7 +45,8 @@ def follow(eqn: Eqn, operands: list[Any], values: list[Any], trace: Trace) -> li
         if result.bare:
             kept = tuple(label for labels in others[0].axes for label in labels)
             trace.note(eqn, Biased(result.leaf, others[0].leaf, kept))
-    elif any(jnp.ndim(getattr(other, "base", other)) for other in others):
+    # Of a tapped weight the bias is not marked, and what is added matters not.
+    elif result.x is None and any(jnp.ndim(getattr(other, "base", other)) for other in others):
         return values
     return [dataclasses.replace(result, value=values[0], bare=False)]
 

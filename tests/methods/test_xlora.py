@@ -313,13 +313,15 @@ class TestHiddenStates:
     def body(self, params, ids):
         return decoder(params | {"head": {"kernel": jnp.eye(WIDTH)}}, ids)
 
-    def test_inside_jit_and_remat(self, params):
+    def test_inside_jit_and_remat_and_with_a_bias(self, params):
+        params["head"]["bias"] = normal(WORDS)
+
         @jax.jit
         @jax.checkpoint
-        def head(kernel, x):
-            return (x @ kernel).astype(jnp.float32) / 2
+        def head(own, x):
+            return (x @ own["kernel"]).astype(jnp.float32) / 2 + own["bias"][None, None]
 
-        self.check(lambda p, ids: head(p["head"]["kernel"], self.body(p, ids)), params)
+        self.check(lambda p, ids: head(p["head"], self.body(p, ids)), params)
 
     def test_inside_a_scan_over_chunks_of_the_sequence(self, params):
         def model(params, ids):
