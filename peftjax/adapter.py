@@ -158,6 +158,16 @@ def site_arrays(adapter: Adapter, site: Site) -> tuple[Arrays, Arrays]:
     return own, {name: x for name, x in frozen.items() if name != "place"}
 
 
+def check_single(adapter: Adapter) -> None:
+    """Raises a ValueError for an adapter of several experts, which is none to save or combine."""
+    if adapter.config.method.gating is not None:
+        raise ValueError(
+            "an X-LoRA adapter is no single adapter: take its experts, with xlora_experts(adapter)"
+        )
+    if any("present" in adapter.buffers[site.name] for site in adapter.sites.values()):
+        raise ValueError("the adapters of a bank are no single adapter: take one, with bank[name]")
+
+
 def weight_spec(site: Site, dtype: DTypeLike) -> WeightSpec:
     """What a method is told about the weights of a site."""
     taps = tuple(site.in_axes.index(axis) for axis in site.tap_axes)

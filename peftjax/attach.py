@@ -92,6 +92,13 @@ def attach(
 
 def _check_params(adapter: Adapter) -> None:
     """Raises a ValueError unless the adapter's arrays are those of its own modules."""
+    for site in adapter.sites.values() if adapter.route is None else ():
+        present = adapter.buffers[site.name].get("present")
+        if present is not None and present.ndim != len(site.stack_axes):
+            raise ValueError(
+                "these are the arrays of a whole bank: say who serves which row, with "
+                "bank.rows(index), or mix them, with bank.mix(weights)"
+            )
     modules = {*adapter.sites, *(leaf.module for leaf in adapter.saved)}
     if gating := adapter.config.method.gating:
         frozen = not modules.intersection(adapter.params)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from peftjax.adapter import Adapter, path_key, site_arrays, weight_spec
+from peftjax.adapter import Adapter, check_single, path_key, site_arrays, weight_spec
 from peftjax.config import AdapterConfig
 from peftjax.factors import Arrays, WeightSpec
 from peftjax.sites import Leaf, Site, Sites
@@ -47,7 +47,12 @@ def indices(site: Site) -> Iterator[Index]:
 
 
 def unstack(adapter: Adapter) -> dict[Part, Single]:
-    """Takes an adapter apart into the weights that it adapts."""
+    """Takes an adapter apart into the weights that it adapts.
+
+    Raises:
+      ValueError: it holds several experts.
+    """
+    check_single(adapter)
     singles = {}
     for site in adapter.sites.values():
         own, frozen = jax.tree.map(np.asarray, site_arrays(adapter, site))

@@ -20,6 +20,7 @@ from peftjax import (
     adapt,
     convert_to_lora,
     find_sites,
+    get_peft_model_state_dict,
     init_adapter,
     merge,
     stack_adapters,
@@ -468,6 +469,11 @@ class TestMistakes:
         rows = stack_adapters({"a": make(lora(r=2, target_modules=["up"]))}).rows([0, 0])
         with pytest.raises(ValueError, match="no merged weight"):
             merge(params, rows)
+        with pytest.raises(ValueError, match=r"bank\.rows\(index\)"):
+            adapt(mlp)(params, rows.replace(route=None), x)
+        for function in (convert_to_lora, get_peft_model_state_dict):
+            with pytest.raises(ValueError, match=r"bank\[name\]"):
+                function(rows)
         after = make(lora(r=2, target_modules=["up"], use_dora=True))
         with pytest.raises(ValueError, match="put it first"):
             adapt(mlp)(params, [rows, after], x)

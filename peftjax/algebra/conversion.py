@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from peftjax.adapter import Adapter, check_leaves, site_arrays
+from peftjax.adapter import Adapter, check_leaves, check_single, site_arrays
 from peftjax.algebra.lowrank import Pair, best_factors, best_product, plain_lora
 from peftjax.attach import attach
 from peftjax.changes import bias_change
@@ -135,6 +135,7 @@ def pad_ranks(adapter: Adapter, target_rank: int) -> Adapter:
       >>> jax.tree.structure(peftjax.pad_ranks(a, 4)) == jax.tree.structure(peftjax.pad_ranks(b, 4))
       True
     """
+    check_single(adapter)
     config, method = adapter.config, adapter.config.method
     _check_paddable(adapter, target_rank)
     params, buffers = dict(adapter.params), dict(adapter.buffers)

@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from peftjax.adapter import Adapter
 from peftjax.config import AdapterConfig, FrozenMapping, check_probability
+from peftjax.experts import expert
 from peftjax.factors import Arrays, Change, Gating, Method, Weight
-from peftjax.routing import expert, stack_adapters
+from peftjax.routing import stack_adapters
 from peftjax.sites import Site, Sites
 from peftjax.unstacking import Index, indices
 
