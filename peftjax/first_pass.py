@@ -43,10 +43,27 @@ def xlora_scalings(
         hidden state for every token.
 
     Example:
-      >>> import peftjax
-      >>> first = peftjax.xlora_scalings(apply_fn)  # doctest: +SKIP
-      >>> scalings, _ = first(params, adapter, ids)  # doctest: +SKIP
-      >>> adapted(params, adapter.with_scalings(scalings), ids)  # doctest: +SKIP
+      >>> import jax, jax.numpy as jnp, peftjax
+      >>> def apply_fn(params, ids):
+      ...     return jnp.tanh(params["embed"]["embedding"][ids] @ params["dense"]["kernel"]) @ (
+      ...         params["head"]["kernel"]
+      ...     )
+      >>> shapes = {"embed": (9, 4), "dense": (4, 5), "head": (5, 9)}
+      >>> names = {"embed": "embedding", "dense": "kernel", "head": "kernel"}
+      >>> params = {name: {names[name]: jnp.ones(shape)} for name, shape in shapes.items()}
+      >>> ids = jnp.array([[1, 2, 3], [4, 5, 6]])
+      >>> sites = peftjax.find_sites(apply_fn, params, ids)
+      >>> config = peftjax.LoraConfig(r=2, target_modules=["dense"], init_lora_weights=False)
+      >>> experts = {
+      ...     name: peftjax.init_adapter(jax.random.key(i), config, sites)
+      ...     for i, name in enumerate(["poems", "code"])
+      ... }
+      >>> adapter = peftjax.init_xlora(
+      ...     jax.random.key(2), peftjax.XLoraConfig(), experts, sites
+      ... )
+      >>> scalings, _ = peftjax.xlora_scalings(apply_fn)(params, adapter, ids)
+      >>> peftjax.adapt(apply_fn)(params, adapter.with_scalings(scalings), ids).shape
+      (2, 3, 9)
 
     References:
       Buehler and Buehler, X-LoRA: Mixture of Low-Rank Adapter Experts, 2024,

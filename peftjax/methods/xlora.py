@@ -168,11 +168,27 @@ def init_xlora(
         other experts, keeps more of them than there are, or another hidden size than the head has.
 
     Example:
-      >>> import jax, peftjax
-      >>> config = peftjax.XLoraConfig(xlora_depth=2, xlora_size=64)
-      >>> experts = {"poems": poems, "code": code}  # doctest: +SKIP
-      >>> adapter = peftjax.init_xlora(jax.random.key(0), config, experts, sites)  # doctest: +SKIP
-      >>> peftjax.adapt(apply_fn)(params, adapter, ids)  # doctest: +SKIP
+      >>> import jax, jax.numpy as jnp, peftjax
+      >>> def apply_fn(params, ids):
+      ...     return jnp.tanh(params["embed"]["embedding"][ids] @ params["dense"]["kernel"]) @ (
+      ...         params["head"]["kernel"]
+      ...     )
+      >>> shapes = {"embed": (9, 4), "dense": (4, 5), "head": (5, 9)}
+      >>> names = {"embed": "embedding", "dense": "kernel", "head": "kernel"}
+      >>> params = {name: {names[name]: jnp.ones(shape)} for name, shape in shapes.items()}
+      >>> ids = jnp.array([[1, 2, 3], [4, 5, 6]])
+      >>> sites = peftjax.find_sites(apply_fn, params, ids)
+      >>> config = peftjax.LoraConfig(r=2, target_modules=["dense"], init_lora_weights=False)
+      >>> experts = {
+      ...     name: peftjax.init_adapter(jax.random.key(i), config, sites)
+      ...     for i, name in enumerate(["poems", "code"])
+      ... }
+      >>> config = peftjax.XLoraConfig(xlora_depth=2, xlora_size=8)
+      >>> adapter = peftjax.init_xlora(jax.random.key(2), config, experts, sites)
+      >>> adapted = peftjax.adapt(apply_fn, return_scalings=True)
+      >>> out, scalings = adapted(params, adapter, ids)
+      >>> out.shape, scalings.shape
+      ((2, 3, 9), (2, 3, 1, 2))
 
     References:
       Buehler and Buehler, X-LoRA: Mixture of Low-Rank Adapter Experts, 2024,
