@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from peftjax.adapter import Adapter
-from peftjax.methods import config_from
+from peftjax.methods import XLoraConfig, config_from
 from peftjax.sites import Leaf, Site, Sites
 
 _ARRAYS = "arrays"
@@ -37,7 +37,8 @@ def save_adapter(directory: str | Path, adapter: Adapter) -> Path:
         checkpointer.wait_until_finished()
     if jax.process_index() == 0:
         for name, data in ((_CONFIG, adapter.config.to_dict()), (_STRUCTURE, _structure(adapter))):
-            text = json.dumps(data, indent=2, sort_keys=True)
+            # What is in a field keeps its order, which means something for patterns and experts.
+            text = json.dumps(dict(sorted(data.items())), indent=2)
             (directory / name).write_text(text + "\n", encoding="utf-8")
     return directory
 
@@ -84,11 +85,16 @@ def _structure(adapter: Adapter) -> dict[str, Any]:
             for module, own in arrays.items()
         }
 
+    config = adapter.config
+    mixture = {}
+    if isinstance(config, XLoraConfig):
+        mixture = {"experts": [each.to_dict() for each in config.experts], "head": config.head}
     return {
         "sites": [_record(site) for site in adapter.sites.values()],
         "saved": [_record(leaf) for leaf in adapter.saved],
         "params": shapes(adapter.params),
         "buffers": shapes(adapter.buffers),
+        **mixture,
     }
 
 
@@ -120,7 +126,13 @@ def _as_written(directory: Path) -> Adapter:
             }
             for part in ("params", "buffers")
         }
-        return Adapter(**arrays, key=None, config=config_from(config), sites=sites, saved=saved)
+        own = config_from(config)
+        if isinstance(own, XLoraConfig):
+            # A config takes null for what is not given, and here it is a value.
+            mixture = {"scaling_pass_value": config["scaling_pass_value"]}
+            mixture["experts"] = tuple(config_from(each) for each in structure["experts"])
+            own = dataclasses.replace(own, **mixture, head=structure["head"])
+        return Adapter(**arrays, key=None, config=own, sites=sites, saved=saved)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{directory} does not say what its adapter is ({type(error).__name__}: {error}): "

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from peftjax.adapter import Adapter
+from peftjax.methods import XLoraConfig
 from peftjax.trees import leaf_paths
 
 
@@ -19,7 +20,7 @@ class Summary:
     Attributes:
       trainable: number of trainable parameters.
       total: number of parameters of the model with the adapter; whole leaves that the adapter
-        trains count once.
+        trains count once, and so do the frozen experts of X-LoRA, with the padding of their ranks.
       adapter_bytes: size of the adapter's arrays, frozen ones included.
       model_bytes: size of the model's params.
       modules: for each module, the shapes of its trainable arrays and their number of parameters.
@@ -82,9 +83,14 @@ def summary(adapter: Adapter, params: Any) -> Summary:
         )
         for module, own in adapter.params.items()
     }
+    config = adapter.config
+    names = config.experts[0].method.params if isinstance(config, XLoraConfig) else ()
+    frozen = sum(
+        x.size for own in adapter.buffers.values() for name, x in own.items() if name in names
+    )
     return Summary(
         trainable=trainable,
-        total=sum(x.size for x in base) + trainable - replaced,
+        total=sum(x.size for x in base) + trainable + frozen - replaced,
         adapter_bytes=_bytes([*arrays, *jax.tree.leaves(adapter.buffers)]),
         model_bytes=_bytes(base),
         modules=modules,

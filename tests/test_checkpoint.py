@@ -32,6 +32,13 @@ def adapter_of(width: int = 6, rank: int = 2, targets: tuple[str, ...] = ("up", 
     return peftjax.init_adapter(jax.random.key(0), config, sites, params)
 
 
+def mixture_of(**fields: Any) -> Adapter:
+    """An X-LoRA adapter, with experts in an order of their own."""
+    experts = {"poems": adapter_of(rank=3), "code": adapter_of(targets=("up",))}
+    config = peftjax.XLoraConfig(hidden_size=6, **fields)
+    return peftjax.init_xlora(jax.random.key(1), config, experts, experts["poems"].sites)
+
+
 def trained(adapter: Adapter) -> Adapter:
     """The adapter with other numbers than it was made with."""
     return adapter.replace(params=jax.tree.map(lambda array: array + 0.5, adapter.params))
@@ -176,4 +183,36 @@ def test_a_broken_structure_is_no_adapter(tmp_path: Path, broken: str) -> None:
     checkpoint.save_adapter(tmp_path, adapter_of())
     (tmp_path / "adapter_structure.json").write_text(broken)
     with pytest.raises(ValueError, match=r"does not say what its adapter is.*with like="):
+        checkpoint.restore_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"layerwise_scalings": True, "xlora_depth": 2, "xlora_size": 3},
+        {"use_trainable_adapters": True, "scaling_pass_value": None},
+    ],
+)
+def test_a_mixture_of_experts_comes_back(tmp_path: Path, fields: dict[str, Any]) -> None:
+    adapter = trained(mixture_of(**fields))
+    checkpoint.save_adapter(tmp_path, adapter)
+    for found in (
+        checkpoint.restore_adapter(tmp_path, mixture_of(**fields)),
+        checkpoint.restore_adapter(tmp_path),
+    ):
+        assert_same(found, adapter)
+        assert tuple(found.config.adapters) == ("poems", "code")
+        for name, expert in peftjax.xlora_experts(adapter).items():
+            assert_same(peftjax.xlora_experts(found)[name], expert)
+        assert peftjax.xlora_layers(found) == peftjax.xlora_layers(adapter)
+
+
+def test_a_mixture_without_its_experts_is_no_adapter(tmp_path: Path) -> None:
+    checkpoint.save_adapter(tmp_path, mixture_of())
+    path = tmp_path / "adapter_structure.json"
+    structure = json.loads(path.read_text())
+    del structure["experts"]
+    path.write_text(json.dumps(structure))
+    with pytest.raises(ValueError, match=r"KeyError: 'experts'.*with like="):
         checkpoint.restore_adapter(tmp_path)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from models import mlp, mlp_params
 
-from peftjax import LoraConfig, find_sites, init_adapter, summary
+from peftjax import LoraConfig, XLoraConfig, find_sites, init_adapter, init_xlora, summary
 
 X = jax.ShapeDtypeStruct((4, 6), jnp.float32)
 
@@ -31,3 +31,27 @@ def test_the_table_ends_as_peft_prints_it():
     assert "trainable params: 45 || all params: 158 || trainable%: 28.4810" in text
     assert "adapter: 184 bytes || model: 226 bytes" in text
     assert "lora_A 6x3, lora_B 3x9" in text
+
+
+def test_a_mixture_of_experts():
+    """The classifier learns; the experts are there as well, with the padding of their ranks."""
+    params = mlp_params()
+    sites = find_sites(mlp, params, X)
+    key = jax.random.key(0)
+    experts = {
+        name: init_adapter(key, LoraConfig(r=r, target_modules=[target]), sites)
+        for name, r, target in (("a", 3, "up"), ("b", 2, "up"), ("c", 4, "down"))
+    }
+    frozen, trained = (
+        summary(init_xlora(key, XLoraConfig(use_trainable_adapters=learn), experts, sites), params)
+        for learn in (False, True)
+    )
+    classifier, arrays = 9 * 3 + 3, 3 * 3 * (6 + 9) + 3 * 4 * (9 + 5)
+    base = 6 * 9 + 9 + 9 * 5 + 5
+    assert frozen.trainable == classifier
+    assert trained.trainable == classifier + arrays
+    assert frozen.total == trained.total == base + classifier + arrays
+    assert frozen.adapter_bytes == trained.adapter_bytes
+    assert "xlora_classifier" in str(frozen)
+    assert "layers.0.weight 9x3" in str(frozen)
+    assert "lora_A 3x6x3" in str(trained)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -118,6 +119,11 @@ def find_source(directory: Path) -> Source:
 def check(options: Convert) -> Source:
     """Finds the adapter; raises ``UsageError`` for the first thing that cannot work."""
     source = find_source(options.source)
+    if _is_mixture(source.directory):
+        raise UsageError(
+            f"{source.directory} holds an X-LoRA adapter, of several that lie in directories of "
+            "their own: use save_pretrained and load_pretrained in Python, or convert one expert"
+        )
     if options.model is None:
         if options.merge:
             raise UsageError("--merge: into which model? Add --model DIR")
@@ -133,6 +139,15 @@ def check(options: Convert) -> Source:
     if options.model is not None:
         _check_model(options.model)
     return source
+
+
+def _is_mixture(directory: Path) -> bool:
+    """Whether the config of an adapter, of either form, is X-LoRA's."""
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # whoever reads it says what is wrong
+    return isinstance(config, dict) and config.get("peft_type") == "XLORA"
 
 
 def _check_flags(options: Convert, source: Source) -> None:

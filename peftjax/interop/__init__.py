@@ -7,5 +7,6 @@ From the bottom up:
 - ``modules``: which torch modules and tensors a params tree is.
 - ``configs``: ``adapter_config.json`` under either side's names.
 - ``exporting``; ``stored``, ``whole``, ``importing``: an adapter as config and tensors, and back.
+- ``mixture``: the same for X-LoRA, whose experts are adapters of their own.
 - ``pretrained``, ``low_level``, ``base``: what users call.
 """

@@ -6,7 +6,14 @@ from typing import NamedTuple
 from peftjax.config import AdapterConfig
 from peftjax.factors import WeightSpec
 from peftjax.interop.layouts import taps_of
-from peftjax.methods import AdaLoraConfig, HRAConfig, IA3Config, LoHaConfig, LoraConfig
+from peftjax.methods import (
+    AdaLoraConfig,
+    HRAConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    XLoraConfig,
+)
 from peftjax.sites import Site
 
 
@@ -68,10 +75,16 @@ _MIXED_GROUPS = Limit(
     _GROUPED.holds,
 )
 
+_CONVOLUTION = Limit(
+    "is a convolution, where torch PEFT's X-LoRA takes the axes of an image for those of tokens",
+    lambda site, spec, first: spec.kind == "conv",
+)
+
 _LIMITS: dict[type, tuple[Limit, ...]] = {
     LoraConfig: (_MIXED_GROUPS, _DILATED),
     AdaLoraConfig: (_TABLE, _ONE_AXIS, _THREE_AXES),
     LoHaConfig: (_TABLE, _CONV1D, _THREE_AXES),
     HRAConfig: (_TABLE, _CONV1D, _ONE_AXIS, _THREE_AXES, _GROUPED, _DILATED, _NOT_SQUARE),
     IA3Config: (_TABLE, _ONE_AXIS),
+    XLoraConfig: (_CONVOLUTION,),
 }

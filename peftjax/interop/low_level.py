@@ -12,10 +12,11 @@ from peftjax.config import AdapterConfig
 from peftjax.interop.exporting import export, usual_scale
 from peftjax.interop.importing import without_prefix
 from peftjax.interop.layouts import Layout, layouts
+from peftjax.interop.mixture import classifier_tensors, with_classifier
 from peftjax.interop.modules import known_sites, leaf_tensors
 from peftjax.interop.names import ModuleNames
 from peftjax.interop.stored import refuse
-from peftjax.methods import AdaLoraConfig, HRAConfig
+from peftjax.methods import AdaLoraConfig, HRAConfig, XLoraConfig
 from peftjax.sites import find_sites
 from peftjax.unstacking import Part, Single, refill, unstack
 
@@ -66,7 +67,8 @@ def get_peft_model_state_dict(
     """The trainable arrays of an adapter under PEFT's keys and in PEFT's layouts, as in its files.
 
     Scales are no part of it: like PEFT's they follow from the config, which ``save_pretrained``
-    writes beside it.
+    writes beside it. Of X-LoRA it is the classifier, all of it, with scalings of single layers in
+    torch's order as far as ``names`` tell it.
 
     Args:
       adapter: the adapter.
@@ -76,7 +78,7 @@ def get_peft_model_state_dict(
       The tensors by key, each beginning with ``base_model.model.``, in host memory.
 
     Raises:
-      ValueError: a module has no torch name.
+      ValueError: a module has no torch name, or the adapter is an X-LoRA that trains its experts.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax
@@ -90,6 +92,9 @@ def get_peft_model_state_dict(
       (2, 4)
       >>> adapter = peftjax.set_peft_model_state_dict(adapter, state_dict)
     """
+    if isinstance(adapter.config, XLoraConfig):
+        _check_frozen(adapter.config)
+        return classifier_tensors(adapter, names or ModuleNames())
     return export(adapter, names).tensors
 
 
@@ -113,13 +118,20 @@ def set_peft_model_state_dict(
 
     Raises:
       ValueError: keys that do not belong here, shapes that do not fit, and missing keys, all of
-        them listed; or an HRA adapter whose state dict is no longer its own arrays.
+        them listed; an HRA adapter whose state dict is no longer its own arrays, or an X-LoRA that
+        trains its experts.
 
     Example:
       See ``get_peft_model_state_dict``.
     """
     names = names or ModuleNames()
     config = adapter.config
+    if isinstance(config, XLoraConfig):
+        _check_frozen(config)
+        classifier = {key: np.asarray(value) for key, value in state_dict.items()}
+        there = classifier_tensors(adapter, names)
+        _check(classifier, {key: tensor.shape for key, tensor in there.items()}, strict)
+        return with_classifier(adapter, names, classifier)
     if isinstance(config, HRAConfig) and (config.apply_GS or config.rank_pattern):
         raise ValueError(
             "PEFT's HRA has neither orthonormal halves nor ranks of single modules, so this "
@@ -154,6 +166,15 @@ def set_peft_model_state_dict(
         if key in given:
             tensor.put(whole[tensor.leaf], given[key])
     return refill(adapter, params, whole)
+
+
+def _check_frozen(config: XLoraConfig) -> None:
+    """Raises a ValueError if an X-LoRA adapter trains more than its classifier."""
+    if config.use_trainable_adapters:
+        raise ValueError(
+            "this X-LoRA adapter trains its experts too, and PEFT has no one state dict of all: "
+            "take the experts apart, with xlora_experts, or use save_pretrained and load_pretrained"
+        )
 
 
 def _check(

@@ -1,11 +1,13 @@
 """Adapters in Hugging Face PEFT's two files, a config and tensors in the safetensors format."""
 
+import contextlib
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from peftjax.adapter import Adapter
-from peftjax.interop.exporting import export
+from peftjax.config import AdapterConfig
+from peftjax.interop.exporting import Export, export
 from peftjax.interop.importing import read_adapter
+from peftjax.interop.mixture import (
+    check_classifier,
+    export_xlora,
+    find_experts,
+    of_expert,
+    read_xlora,
+)
 from peftjax.interop.names import ModuleNames
 from peftjax.interop.stored import Stored, refuse
-from peftjax.methods import config_from
+from peftjax.methods import XLoraConfig, config_from
 from peftjax.sites import Sites
 
 CONFIG = "adapter_config.json"
@@ -53,6 +63,10 @@ def save_pretrained(
     them plain LoRA of twice the rank. The start of ``pissa_niter_N`` is drawn anew by whoever reads
     it, so that one had better be converted.
 
+    An X-LoRA adapter is written with its experts as they are now, each as an adapter of its own in
+    ``experts/<name>``. PEFT finds them by the absolute paths in the config; ``load_pretrained``
+    also if the directory was moved. The classifier is written whole, which PEFT does not do.
+
     Args:
       directory: where to write; made if it does not exist. Files of those names are replaced.
       adapter: the adapter.
@@ -84,16 +98,32 @@ def save_pretrained(
       >>> bool((again.params["dense"]["lora_A"] == adapter.params["dense"]["lora_A"]).all())
       True
     """
-    written = export(adapter, names, base_model_name_or_path)
+    directory = Path(directory).absolute()
+    if isinstance(adapter.config, XLoraConfig):
+        written = export_xlora(adapter, names, base_model_name_or_path, directory)
+    else:
+        written = {directory: export(adapter, names, base_model_name_or_path)}
     if not allow_foreign:
         refuse(
             "torch PEFT cannot run this adapter",
-            [f"{module}: it {reason}" for module, reason in written.foreign.items()],
+            [
+                f"{module}: it {reason}"
+                for each in written.values()
+                for module, reason in each.foreign.items()
+            ],
             "leave these modules out, or write it for peftjax alone with allow_foreign=True",
         )
-    directory = Path(directory).absolute()
+    for place, each in written.items():
+        _write(place, each)
+    return directory
+
+
+def _write(directory: Path, written: Export) -> None:
+    """Writes the two files of an adapter."""
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(written.config, indent=2, sort_keys=True) + "\n"
+    fields = dict(sorted(written.config.items()))
+    # All is sorted, as by PEFT, but for experts: it goes by their order, and "10" is before "2".
+    text = json.dumps(fields, indent=2, sort_keys="adapters" not in fields) + "\n"
     metadata = {"format": "pt", **(_FOREIGN if written.foreign else {})}
     # Complete under another name first: who is interrupted still has the old files.
     new_tensors, new_config = (directory / f".{name}.new" for name in (TENSORS, CONFIG))
@@ -102,7 +132,6 @@ def save_pretrained(
     shutil.copymode(new_config, new_tensors)  # safetensors keeps its files from everybody else
     os.replace(new_tensors, directory / TENSORS)
     os.replace(new_config, directory / CONFIG)
-    return directory
 
 
 def load_pretrained(
@@ -111,12 +140,17 @@ def load_pretrained(
     params: Any = None,
     *,
     names: ModuleNames | None = None,
+    experts: Mapping[str | int, str | Path] | None = None,
 ) -> Adapter:
     """Reads an adapter that torch PEFT or ``save_pretrained`` wrote.
 
     The tensors are read one by one, after everything about them was checked. Their dtype is kept;
     PEFT makes half precision float32 for training. The config comes back under the names of this
     model, its modules named in full.
+
+    Of an X-LoRA adapter the experts are read too, under the names of their directories: out of
+    ``experts/`` beside the classifier, else where the config says, there or relative to it. Of
+    those that torch PEFT writes beside its own X-LoRA only the tensors of LoRA are read.
 
     Args:
       directory: a local directory with PEFT's two files.
@@ -125,23 +159,55 @@ def load_pretrained(
         is subtracted, and where a file holds some layers alone of a stacked array that is trained
         whole; otherwise only checked.
       names: the rules between the model's names and torch's; None if they are the same.
+      experts: of X-LoRA, directories of experts that lie elsewhere, by name or number.
 
     Returns:
       The adapter, without dropout until it is given a key.
 
     Raises:
-      FileNotFoundError: one of the two files is not there.
+      FileNotFoundError: one of the two files is not there, or an expert.
       ValueError: a file is broken, of an unknown method or of another model; all that does not fit
-        is listed, and nothing was read.
+        is listed, and nothing was read. Or it is what torch PEFT wrote of an X-LoRA, of whose
+        classifier it loses layers.
 
     Example:
       See ``save_pretrained``.
     """
     directory = Path(directory)
+    with _opened(directory) as files:
+        config, stored = files.config, files.stored
+        if not isinstance(config, XLoraConfig):
+            if experts is not None:
+                raise ValueError("`experts` are those of an X-LoRA, and this adapter is none")
+            return _read(files, sites, params, names)
+        check_classifier(config, stored)
+        places = find_experts(directory, config, experts or {})
+        own = {name: _read_expert(place, sites, params, names) for name, place in places.items()}
+        return read_xlora(config, stored, places, own, sites, names, files.foreign)
+
+
+class _Files(NamedTuple):
+    """The two files of an adapter, opened.
+
+    Attributes:
+      config: the config.
+      stored: the tensors by key.
+      foreign: whether they say that torch PEFT cannot run the adapter.
+    """
+
+    config: AdapterConfig
+    stored: Mapping[str, Stored]
+    foreign: bool
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[_Files]:
+    """The files of an adapter; every error of the block names the directory."""
     _check_files(directory)
-    with _opened(directory / TENSORS) as file, warnings.catch_warnings():
-        # How an adapter would start says nothing about one that is trained.
+    with _tensors(directory / TENSORS) as file, warnings.catch_warnings():
+        # How an adapter would start, or be trained, says nothing about one that is trained.
         warnings.filterwarnings("ignore", message="an odd number of reflections")
+        warnings.filterwarnings("ignore", message="`enable_softmax_topk`")
         data = _json(directory / CONFIG)
         try:
             config = config_from(data)
@@ -150,9 +216,30 @@ def load_pretrained(
         stored = {key: _stored(file, key) for key in file.keys()}  # noqa: SIM118
         foreign = _FOREIGN.items() <= (file.metadata() or {}).items()
         try:
-            return read_adapter(config, stored, sites, params, names, foreign)
+            yield _Files(config, stored, foreign)
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
+
+
+def _read(files: _Files, sites: Sites, params: Any, names: ModuleNames | None) -> Adapter:
+    """The adapter that files hold, which may be an expert as torch PEFT's X-LoRA writes it."""
+    stored = of_expert(files.stored)
+    try:
+        return read_adapter(files.config, stored, sites, params, names, files.foreign)
+    except ValueError as error:
+        if stored is files.stored:
+            raise
+        raise ValueError(
+            f"torch PEFT wrote this expert out of an X-LoRA model, and then loses tensors of "
+            f"layers with the numbers of other experts: take the expert's own directory; {error}"
+        ) from error
+
+
+def _read_expert(directory: Path, sites: Sites, params: Any, names: ModuleNames | None) -> Adapter:
+    with _opened(directory) as files:
+        if isinstance(files.config, XLoraConfig):
+            raise ValueError("an X-LoRA adapter cannot be an expert of another one")
+        return _read(files, sites, params, names)
 
 
 def _check_files(directory: Path) -> None:
@@ -169,7 +256,7 @@ def _check_files(directory: Path) -> None:
             )
 
 
-def _opened(path: Path) -> Any:
+def _tensors(path: Path) -> Any:
     """The file, to be read tensor by tensor."""
     try:
         return safe_open(path, framework="numpy")

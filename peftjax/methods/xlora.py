@@ -165,7 +165,7 @@ def init_xlora(
 
     Raises:
       ValueError: the experts cannot run as one, or their changes cannot be mixed; the config names
-        other experts, keeps more of them than there are, or another hidden size than the head has.
+        other experts, or keeps more of them than there are.
 
     Example:
       >>> import jax, jax.numpy as jnp, peftjax

@@ -127,6 +127,17 @@ def test_bad_words_are_one_line_and_change_nothing(
     assert files(shelf) == before
 
 
+@pytest.mark.parametrize("source", ["orbax", "run", "peft"])
+def test_mixtures_of_experts_are_refused(
+    shelf: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = shelf / source / ("adapter" if source == "run" else "")
+    (place / "adapter_config.json").write_text('{"peft_type": "XLORA"}')
+    assert converted(source, "out") == 2
+    assert f"{source} holds an X-LoRA adapter" in capsys.readouterr().err.replace("/adapter", "")
+    assert not (shelf / "out").exists()
+
+
 @pytest.mark.parametrize("version", [None, "5.0.0"])
 def test_models_need_transformers_with_flax(
     shelf: Path,
