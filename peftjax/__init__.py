@@ -10,6 +10,7 @@ from peftjax.engine.trace import FallbackError as FallbackError
 from peftjax.first_pass import xlora_scalings as xlora_scalings
 from peftjax.frameworks import from_linen as from_linen
 from peftjax.frameworks import from_nnx as from_nnx
+from peftjax.generation import generate as generate
 from peftjax.interop.base import base_state_dict as base_state_dict
 from peftjax.interop.families import module_names as module_names
 from peftjax.interop.low_level import get_peft_model_state_dict as get_peft_model_state_dict
