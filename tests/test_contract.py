@@ -47,7 +47,8 @@ class Method(NamedTuple):
       accepts: whether the method can be used on a site.
       identity: whether an adapter changes nothing at the start.
       everywhere: whether it runs on every case, or on one of each kind.
-      seldom: whether it is another start of a row above, and runs on few kinds.
+      seldom: whether it is another start of a row above, or does what such rows do in another
+        way, and runs on few kinds.
       invertible: whether the merged weights hold what it takes to unmerge them.
       std: of the numbers drawn for an adapter; a product of many small ones would vanish.
       layouts: whether PEFT has the method.
@@ -100,10 +101,12 @@ METHODS = [
         accepts=lambda site: site.kind == "conv",
         std=1,
     ),
-    Method("adalora", functools.partial(AdaLoraConfig, init_r=3, target_r=2, lora_alpha=5)),
+    Method(
+        "adalora", functools.partial(AdaLoraConfig, init_r=3, target_r=2, lora_alpha=5), seldom=True
+    ),
     Method("hra", hra),
     Method("hra_gs", functools.partial(hra, apply_GS=True), seldom=True),
-    Method("ia3", functools.partial(IA3Config, feedforward_modules=[])),
+    Method("ia3", functools.partial(IA3Config, feedforward_modules=[]), seldom=True),
     Method("ia3_feedforward", functools.partial(IA3Config, feedforward_modules=".*")),
 ]
 

@@ -59,10 +59,10 @@ def each_alone(function, choice, args, axis=0):
 
 
 KINDS_OF = {
-    "lora": ["linen_scan_axis1_remat", "linen_tied_embedding", "einsum_attention", "equinox_conv"],
+    "lora": ["linen_scan_axis1_remat", "linen_tied_embedding", "equinox_conv"],
     "ia3_feedforward": ["linen_scan_axis1_remat", "linen_grouped_conv", "linen_tied_embedding"],
 }
-SAME_AS_OTHERS = {"everything", "loha_core", "loha_fused", "hra_gs", "ia3"}
+SAME_AS_OTHERS = {"everything", "loha", "loha_core", "loha_fused"}
 
 
 @pytest.mark.usefixtures("x64")
