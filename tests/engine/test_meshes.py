@@ -76,7 +76,6 @@ CONFIGS = {
     ("kind", "shape", "method"),
     [
         (AxisType.Auto, (2, 2), "everything"),
-        (AxisType.Auto, (2, 2), "dora"),
         (AxisType.Explicit, (4, 1), "lora"),
         (AxisType.Explicit, (1, 2), "lora"),
         *((AxisType.Explicit, (2, 2), method) for method in CONFIGS),
