@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 _ADAPTED = "#1f6f8b"
-_BASELINE = "#c44536"
+_BASELINES = ("#c44536", "#b07d2b")
 _MUTED = "#8a8f98"
 
 
@@ -49,7 +51,8 @@ def training_curves(
     loss: Sequence[float],
     accuracy: Sequence[float],
     held_out: Sequence[tuple[int, float]] = (),
-    baseline: float | None = None,
+    baselines: Mapping[str, float] = MappingProxyType({}),
+    phases: Mapping[str, int] = MappingProxyType({}),
     title: str = "",
     window: int = 20,
 ) -> Path:
@@ -60,7 +63,8 @@ def training_curves(
       loss: training loss of each step.
       accuracy: accuracy on each step's own batch, between 0 and 1.
       held_out: (step, accuracy on held-out data) wherever it was measured.
-      baseline: held-out accuracy to compare with, a dashed line.
+      baselines: held-out accuracies to compare with, dashed lines.
+      phases: the step before each part of a run that has several.
       title: heading of the figure.
       window: steps in the running means.
 
@@ -93,13 +97,27 @@ def training_curves(
         accuracies.annotate(
             last, (places[-1], values[-1]), xytext=(0, 8), textcoords="offset points", ha="right"
         )
-    if baseline is not None:
-        label = f"probe on frozen features, held-out ({baseline:.1%})"
-        accuracies.axhline(baseline, color=_BASELINE, linestyle="--", label=label)
+    for number, (name, value) in enumerate(baselines.items()):
+        style = {
+            "color": _BASELINES[number % len(_BASELINES)],
+            "linestyle": ("--", "-.")[number % 2],
+        }
+        accuracies.axhline(value, **style, label=f"{name}, held-out ({value:.1%})")
     accuracies.set_ylabel("accuracy")
     accuracies.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
     for axes in (losses, accuracies):
+        for name, first in phases.items():
+            axes.axvline(first, color=_MUTED, linestyle=":", linewidth=1)
+            place = (first, 1.0)
+            axes.annotate(
+                name,
+                place,
+                xycoords=("data", "axes fraction"),
+                xytext=(4, 2),
+                textcoords="offset points",
+                color=_MUTED,
+            )
         axes.set_xlabel("step")
         axes.set_xlim(0, max(len(loss), 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -143,14 +161,7 @@ def rank_allocation(
     )
     widths = [width, 5] if budget else [width]
     heat, *beside = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    image = heat.imshow(grid, cmap="viridis", aspect="auto", vmin=0)
-    middle = np.nanmax(grid) / 2
-    for row, column in zip(*np.nonzero(~np.isnan(grid)), strict=True):
-        value = grid[row, column]
-        colour = "white" if value < middle else "black"
-        heat.text(column, row, f"{value:g}", ha="center", va="center", color=colour)
-    heat.set_xticks(range(len(modules)), modules, rotation=30, ha="right")
-    heat.set_yticks(range(len(layers)), layers)
+    image = _heat_map(heat, grid, layers, modules, "{:g}", vmin=0)
     heat.set_ylabel("layer")
     figure.colorbar(image, ax=heat, label="rank")
     for axes in beside:
@@ -164,6 +175,71 @@ def rank_allocation(
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     return path
+
+
+def routing(
+    path: str | Path,
+    *,
+    slices: Sequence[str],
+    experts: Sequence[str],
+    scalings: Sequence[Sequence[float]],
+    accuracy: Mapping[str, Sequence[float]],
+    title: str = "",
+) -> Path:
+    """Draws what a gate gives which expert as a PNG, and beside it how good each expert is.
+
+    Args:
+      path: the file to write; its directory is made if it does not exist.
+      slices: names of the slices of the texts.
+      experts: names of the experts.
+      scalings: for each slice the mean share of each expert in it.
+      accuracy: by what answered, its accuracy in each slice, between 0 and 1.
+      title: heading of the figure.
+
+    Returns:
+      The path of the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    widths = [2 + len(experts), 2 + len(accuracy)]
+    figure = Figure(
+        figsize=(max(9, 0.7 * sum(widths)), 2.2 + 0.45 * max(len(slices), 4)), layout="constrained"
+    )
+    shares, answers = figure.subplots(1, 2, width_ratios=widths)
+    _heat_map(shares, np.asarray(scalings, float), slices, experts, "{:.0%}", vmin=0, vmax=1)
+    shares.set_title("what the gate gives each expert", fontsize=11)
+    shares.set_ylabel("held-out texts about")
+    shares.set_xlabel("expert")
+    grid = np.asarray(list(accuracy.values()), float).T
+    _heat_map(answers, grid, [""] * len(slices), list(accuracy), "{:.0%}", vmin=0, vmax=1)
+    answers.set_title("how often each answers right", fontsize=11)
+    answers.set_xlabel("expert alone, or what else answers")
+    answers.axvline(len(experts) - 0.5, color="white", linewidth=4)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _heat_map(
+    axes: Any,
+    grid: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    form: str,
+    **limits: float,
+) -> Any:
+    """A heat map with its numbers written into it, as ``form`` says; NaN stays empty."""
+    image = axes.imshow(grid, cmap="viridis", aspect="auto", **limits)
+    middle = limits.get("vmax", np.nanmax(grid)) / 2
+    for row, column in zip(*np.nonzero(~np.isnan(grid)), strict=True):
+        value = grid[row, column]
+        colour = "white" if value < middle else "black"
+        axes.text(column, row, form.format(value), ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    return image
 
 
 def rank_grid(

@@ -32,7 +32,8 @@ def test_training_curves_are_a_png(tmp_path: Path, steps: int) -> None:
         loss=[1 / step for step in range(1, steps + 1)],
         accuracy=[0.5] * steps,
         held_out=[(0, 0.4), (steps, 0.6)],
-        baseline=0.4,
+        baselines={"probe": 0.4},
+        phases={"first": 0, "second": 1},
         title="a run",
     )
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -31,7 +31,7 @@ class Encoder:
     """
 
     model: Any
-    tokenizer: Callable[..., Any]
+    tokenizer: Any
     name: str
     longest: int
 
@@ -39,9 +39,7 @@ class Encoder:
         self, params: Params, ids: Int[Array, "texts tokens"], mask: Int[Array, "texts tokens"]
     ) -> Float[Array, "texts width"]:
         """The last hidden states, averaged over the tokens that are no padding."""
-        states = self.model(ids, mask, params=params).last_hidden_state
-        weight = mask.astype(states.dtype)[..., None]
-        return jnp.sum(states * weight, axis=1) / jnp.sum(weight, axis=1)
+        return _mean(self.model(ids, mask, params=params).last_hidden_state, mask)
 
     def classify(
         self, params: Params, ids: Int[Array, "texts tokens"], mask: Int[Array, "texts tokens"]
@@ -51,8 +49,23 @@ class Encoder:
         ``params`` holds the encoder's under its name, and ``kernel`` and ``bias`` under
         ``classifier``.
         """
+        return self.classify_with_states(params, ids, mask)[0]
+
+    def classify_with_states(
+        self, params: Params, ids: Int[Array, "texts tokens"], mask: Int[Array, "texts tokens"]
+    ) -> tuple[Float[Array, "texts labels"], Float[Array, "texts tokens width"]]:
+        """What ``classify`` gives, and the last hidden states it comes from."""
+        states = self.model(ids, mask, params=params[self.name]).last_hidden_state
         head = params["classifier"]
-        return self.pooled(params[self.name], ids, mask) @ head["kernel"] + head["bias"]
+        return _mean(states, mask) @ head["kernel"] + head["bias"], states
+
+
+def _mean(
+    states: Float[Array, "texts tokens width"], mask: Int[Array, "texts tokens"]
+) -> Float[Array, "texts width"]:
+    """The mean over the tokens that are no padding."""
+    weight = mask.astype(states.dtype)[..., None]
+    return jnp.sum(states * weight, axis=1) / jnp.sum(weight, axis=1)
 
 
 def load(directory: Path) -> tuple[Encoder, Params]:
@@ -87,27 +100,27 @@ def quiet(logging: Any) -> Iterator[None]:
 
 
 def predict(
-    function: Callable[[np.ndarray, np.ndarray], jax.Array],
+    function: Callable[..., Any],
     data: Tokens,
     advance: Callable[[int], None] = lambda done: None,
-) -> np.ndarray:
+) -> Any:
     """Applies a function of (ids, mask) to all of a data set, in batches of one size.
 
     Args:
-      function: maps one batch to one row for each text.
+      function: maps the inputs of one batch to an array, or a tree of them, of one row a text.
       data: the texts.
       advance: told how many texts are done.
 
     Returns:
-      The rows of all texts.
+      The rows of all texts: a NumPy array, or a tree of them.
     """
-    rows = []
+    rows: list[Any] = []
     for start in range(0, len(data), PREDICTION_BATCH):
         # The last batch starts over from the first text: one shape, one compilation.
         batch = data[np.arange(start, start + PREDICTION_BATCH) % len(data)]
-        rows.append(np.asarray(function(batch.ids, batch.mask)))
+        rows.append(jax.tree.map(np.asarray, function(*batch.inputs)))
         advance(min(start + PREDICTION_BATCH, len(data)))
-    return np.concatenate(rows)[: len(data)]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(data)], *rows)
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -8,15 +8,19 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from peftjax.adapter import Adapter
+from peftjax.cli.display import Display
 from peftjax.cli.encoder import Params
 from peftjax.cli.errors import CommandError
 from peftjax.cli.sentiment import Tokens
 
 Adapted = Callable[..., jax.Array]
 Step = Callable[..., tuple[Any, optax.OptState, jax.Array, jax.Array]]
+
+LOGIT_TOLERANCE = 1e-4  # of the largest logit: the same float32 sums in another order
 
 
 @dataclasses.dataclass
@@ -34,6 +38,32 @@ class History:
     accuracy: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     held_out: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained adapter and what it answers.
+
+    Attributes:
+      adapter: the adapter.
+      predict: ``predict(adapter, texts)`` gives its logits.
+      logits: those of this one on the held-out texts.
+      history: how training went.
+      ranks: the rank of each module, where they were allocated.
+      budget: the number of triplets allowed after each step, likewise.
+    """
+
+    adapter: Adapter
+    predict: Callable[[Adapter, Tokens], np.ndarray]
+    logits: np.ndarray
+    history: History
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    budget: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.adapter.params))
 
 
 def learning_rates(steps: int, highest: float) -> optax.Schedule:
@@ -59,7 +89,7 @@ def compile_step(
     """Compiles the training step ahead of time, so that no step has to wait for it.
 
     Args:
-      adapted: ``adapted(params, adapter, ids, mask)`` gives logits.
+      adapted: ``adapted(params, adapter, *inputs)`` gives logits.
       transformation: the optimizer.
       params: the frozen params, an argument of the step and never a constant in it.
       adapter: everything about the adapter but its params, which the step takes and gives.
@@ -67,15 +97,15 @@ def compile_step(
       penalty: what to add to the loss, and to leave out where the loss is shown.
 
     Returns:
-      ``step(trainable, state, params, ids, mask, labels) -> (trainable, state, loss, accuracy)``;
-      the first two arguments are donated.
+      ``step(trainable, state, params, inputs, labels) -> (trainable, state, loss, accuracy)``; the
+      first two arguments are donated.
     """
 
     def objective(
-        trainable: Any, params: Params, ids: jax.Array, mask: jax.Array, labels: jax.Array
+        trainable: Any, params: Params, inputs: tuple[jax.Array, ...], labels: jax.Array
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         current = adapter.replace(params=trainable)
-        logits = adapted(params, current, ids, mask)
+        logits = adapted(params, current, *inputs)
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         total = loss if penalty is None else loss + penalty(current)
         return total, (loss, jnp.mean(jnp.argmax(logits, axis=-1) == labels))
@@ -84,18 +114,17 @@ def compile_step(
         trainable: Any,
         state: optax.OptState,
         params: Params,
-        ids: jax.Array,
-        mask: jax.Array,
+        inputs: tuple[jax.Array, ...],
         labels: jax.Array,
     ) -> tuple[Any, optax.OptState, jax.Array, jax.Array]:
         measure = jax.value_and_grad(objective, has_aux=True)
-        (_, (loss, accuracy)), grads = measure(trainable, params, ids, mask, labels)
+        (_, (loss, accuracy)), grads = measure(trainable, params, inputs, labels)
         updates, state = transformation.update(grads, state, trainable)
         return optax.apply_updates(trainable, updates), state, loss, accuracy
 
     state = jax.eval_shape(transformation.init, adapter.params)
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
-        adapter.params, state, params, batch.ids, batch.mask, batch.labels
+        adapter.params, state, params, batch.inputs, batch.labels
     )
     return cast(Step, lowered.compile())
 
@@ -107,11 +136,14 @@ def train(
     state: optax.OptState,
     data: Iterable[Tokens],
     *,
-    measure_at: Sequence[int],
-    measure: Callable[[Adapter], float],
-    on_step: Callable[[History, optax.OptState], None],
+    steps: int,
+    display: Display,
+    phase: str = "train",
+    measure_at: Sequence[int] = (),
+    measure: Callable[[Adapter], float] | None = None,
+    on_step: Callable[[optax.OptState], None] | None = None,
 ) -> tuple[Adapter, optax.OptState, History]:
-    """Runs the training step over all batches.
+    """Runs the training step over all batches, and shows how it goes.
 
     Args:
       step: what ``compile_step`` gave.
@@ -119,9 +151,12 @@ def train(
       adapter: where to start; its params are donated and must be nobody else's.
       state: the optimizer's state.
       data: the batches.
+      steps: their number.
+      display: where progress is shown.
+      phase: under which name.
       measure_at: numbers of steps after which held-out accuracy is measured.
       measure: gives the held-out accuracy of an adapter.
-      on_step: told after each step what there is so far, and the optimizer's state.
+      on_step: told the optimizer's state after each step.
 
     Returns:
       The trained adapter, the optimizer's last state and the history.
@@ -131,21 +166,42 @@ def train(
     """
     history = History()
     trainable = adapter.params
-    for batch in data:
-        start = time.perf_counter()
-        trainable, state, loss, accuracy = step(
-            trainable, state, params, batch.ids, batch.mask, batch.labels
-        )
-        history.loss.append(float(loss))
-        if not math.isfinite(history.loss[-1]):
-            raise CommandError(
-                f"the loss is {history.loss[-1]} at step {len(history.loss)}; "
-                "try a smaller --learning-rate"
+    texts = 0
+    with display.bar(f"Training: {phase}", steps, every=max(1, steps // 6)) as advance:
+        for batch in data:
+            start = time.perf_counter()
+            trainable, state, loss, accuracy = step(
+                trainable, state, params, batch.inputs, batch.labels
             )
-        history.accuracy.append(float(accuracy))
-        history.seconds.append(time.perf_counter() - start)
-        on_step(history, state)
-        done = len(history.loss)
-        if done in measure_at:
-            history.held_out.append((done, measure(adapter.replace(params=trainable))))
+            history.loss.append(float(loss))
+            if not math.isfinite(history.loss[-1]):
+                raise CommandError(
+                    f"the loss is {history.loss[-1]} at step {len(history.loss)}; "
+                    "try a smaller --learning-rate"
+                )
+            history.accuracy.append(float(accuracy))
+            history.seconds.append(time.perf_counter() - start)
+            done, texts = len(history.loss), len(batch)
+            advance(done, _progress(history))
+            if on_step is not None:
+                on_step(state)
+            if measure is not None and done in measure_at:
+                history.held_out.append((done, measure(adapter.replace(params=trainable))))
+    display.seconds[phase] = sum(history.seconds)
+    pace = f"{1000 * float(np.median(history.seconds)):.0f} ms each"
+    display.done(phase, f"{steps} steps of {texts} texts, {pace}")
     return adapter.replace(params=trainable), state, history
+
+
+def _progress(history: History) -> str:
+    """What the bar says beside the steps."""
+    loss, accuracy = np.mean(history.loss[-20:]), np.mean(history.accuracy[-20:])
+    return f"loss {loss:.3f}  accuracy {accuracy:.1%}  {1000 * history.seconds[-1]:.0f} ms/step"
+
+
+def agree(what: str, logits: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference between logits; raises where it is more than rounding."""
+    difference = float(np.max(np.abs(logits - expected[: len(logits)])))
+    if not difference <= LOGIT_TOLERANCE * float(np.max(np.abs(expected))):
+        raise CommandError(f"{what} answers differently: logits are {difference:.2g} apart")
+    return difference

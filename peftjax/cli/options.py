@@ -13,7 +13,7 @@ from peftjax.cli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Method = Literal["lora", "dora", "loha", "hra", "ia3", "adalora"]
+Method = Literal["lora", "dora", "loha", "hra", "ia3", "adalora", "xlora"]
 
 EXTRA = 'python -m pip install -e ".[quickstart]"'
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
@@ -31,15 +31,18 @@ class Recipe:
 
     Attributes:
       learning_rate: the highest.
-      rank: rank of the adapter; of adalora the average that is left at the end.
+      rank: rank of the adapter; of adalora the average that is left at the end, of xlora that of
+        each expert.
       alpha: numerator of its scale.
       parts: modules that it goes on, by the words of ``MODULES``.
+      experts: how many adapters are mixed.
     """
 
     learning_rate: float
     rank: int | None = None
     alpha: float | None = None
     parts: tuple[str, ...] = ("query", "value")
+    experts: int | None = None
 
 
 RECIPES: dict[Method, Recipe] = {
@@ -49,6 +52,7 @@ RECIPES: dict[Method, Recipe] = {
     "hra": Recipe(learning_rate=5e-3, rank=16),
     "ia3": Recipe(learning_rate=1e-2, parts=("key", "value", "output")),
     "adalora": Recipe(learning_rate=1e-2, rank=4, alpha=64.0, parts=("query", "key", "value")),
+    "xlora": Recipe(learning_rate=5e-3, rank=8, alpha=16.0, experts=5),
 }
 
 
@@ -76,10 +80,19 @@ class Quickstart:
       hra      turns what goes into a weight by a chain of reflections
       ia3      scales what comes out of a weight, or goes in: fewest parameters
       adalora  is lora with a budget of ranks, spent where the loss needs them
+      xlora    mixes experts: a lora for each topic of the texts, and a gate that reads every token
+
+    What xlora does differently:
+      The texts are cut into topics by k-means on the frozen features. Three fifths of --steps
+      train one lora a topic, all in one program, each on its own texts alone; the rest trains the
+      gate, on all of them. The probe stays the classifier throughout, so that nothing but the mix
+      makes the difference. routing.png shows what the gate gives whom, and routing.html tweets
+      with the mix of every token. The mix depends on the token: there is no merged weight.
 
     Examples:
       peftjax quickstart
       peftjax quickstart --method loha
+      peftjax quickstart --method xlora --experts 3
       peftjax quickstart --steps 600 --rank 16 --json result.json
       peftjax quickstart --data reviews.csv --text-column review --label-column stars
       peftjax quickstart --model path/to/bert --output out
@@ -94,8 +107,11 @@ class Quickstart:
     alpha: Annotated[float | None, by_method("FLOAT", "alpha")] = None
     """Scale of the adapter: its update is multiplied by alpha / rank."""
 
+    experts: Annotated[int | None, by_method("INT", "experts")] = None
+    """Topics that the texts are cut into, each with an expert of its own."""
+
     steps: int = 350
-    """Training steps."""
+    """Training steps; of xlora those of all experts and the gate together."""
 
     batch_size: int = 16
     """Texts a step."""
@@ -128,7 +144,7 @@ class Quickstart:
     """Header of the label column of --data."""
 
     output: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("peftjax-quickstart")
-    """Directory for the adapter and the plot."""
+    """Directory for the adapter and the pictures."""
 
     json: Annotated[Path | None, optional("FILE", "none")] = None
     """File for the result with all settings, as JSON."""
@@ -144,8 +160,8 @@ class Quickstart:
     @property
     def recipe(self) -> Recipe:
         """The method's own recipe, changed by the flags that were given."""
-        flags = {name: getattr(self, name) for name in ("learning_rate", "rank", "alpha")}
-        given = {name: value for name, value in flags.items() if value is not None}
+        flags = ("learning_rate", "rank", "alpha", "experts")
+        given = {flag: getattr(self, flag) for flag in flags if getattr(self, flag) is not None}
         return dataclasses.replace(RECIPES[self.method], **given)
 
     def settings(self) -> dict[str, str | int | float | None]:
@@ -162,7 +178,7 @@ def check(options: Quickstart) -> None:
         value = getattr(options, flag)
         if value is not None and not value > 0:
             raise UsageError(f"--{flag.replace('_', '-')} must be above 0, not {value}")
-    for flag in ("rank", "alpha"):
+    for flag in ("rank", "alpha", "experts"):
         if getattr(options, flag) is not None and getattr(RECIPES[options.method], flag) is None:
             raise UsageError(f"--{flag}: {options.method} has no {flag}; leave it out")
     if options.method == "hra" and options.rank is not None and options.rank % 2:
@@ -170,6 +186,10 @@ def check(options: Quickstart) -> None:
             f"--rank must be even for hra, not {options.rank}: its reflections start in pairs "
             "that cancel"
         )
+    if options.experts is not None and options.experts < 2:
+        raise UsageError(f"--experts must be 2 or more, not {options.experts}")
+    if options.method == "xlora" and options.steps < 2:
+        raise UsageError("--steps must be 2 or more for xlora: for its experts and for the gate")
     if options.tokens < 4:
         raise UsageError(f"--tokens must be 4 or more, not {options.tokens}")
     if options.seed < 0:

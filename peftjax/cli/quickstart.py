@@ -1,8 +1,8 @@
 """The ``quickstart`` job: a real model, real text, one adapter, and what it gained."""
 
-import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,19 +13,20 @@ from rich.console import Console
 import peftjax
 from peftjax import checkpoint, report
 from peftjax.adapter import Adapter
-from peftjax.cli import encoder, finetune, sentiment
+from peftjax.cli import encoder, finetune, mixture, sentiment
 from peftjax.cli.display import Display
 from peftjax.cli.errors import CommandError
-from peftjax.cli.finetune import Adapted, History
+from peftjax.cli.finetune import Adapted, Trained
+from peftjax.cli.mixture import Mixed
 from peftjax.cli.options import Quickstart
 from peftjax.cli.result import Result, conclude, named, tables, verdict
 from peftjax.cli.sentiment import Tokens
 from peftjax.cli.task import Task, prepare
 
 COMPARED = 512  # held-out texts on which the restored and the merged adapter are asked again
-LOGIT_TOLERANCE = 1e-4  # of the largest logit: the same float32 sums in another order
 
 # The config of each method: of the flags, the model's own names of modules, and where it goes.
+# That of xlora is in mixture.py with its job.
 METHODS: dict[str, Callable[..., Any]] = {
     "lora": lambda options, names, **where: peftjax.LoraConfig(
         r=options.recipe.rank, lora_alpha=options.recipe.alpha, **where
@@ -54,27 +55,6 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A trained adapter and what it answers.
-
-    Attributes:
-      adapter: the adapter.
-      predict: ``predict(adapter, texts)`` gives its logits.
-      logits: those of this one.
-      history: how training went.
-      ranks: the rank of each module, where they were allocated.
-      budget: the number of triplets allowed after each step, likewise.
-    """
-
-    adapter: Adapter
-    predict: Callable[[Adapter, Tokens], np.ndarray]
-    logits: np.ndarray
-    history: History
-    ranks: dict[str, int]
-    budget: list[int]
-
-
 def run(options: Quickstart, console: Console) -> Result:
     """Does the whole job and shows the result.
 
@@ -91,35 +71,16 @@ def run(options: Quickstart, console: Console) -> Result:
     start = time.perf_counter()
     display = Display(console)
     task = prepare(options, display)
-    trained = fine_tune(options, task, display)
+    job = mixture.fine_tune if options.method == "xlora" else fine_tune
+    trained = job(options, task, display)
     verify(options, task, trained, display)
-    with display.phase("plot", "Drawing the curves"):
-        curves = report.training_curves(
-            options.output / "curves.png",
-            loss=trained.history.loss,
-            accuracy=trained.history.accuracy,
-            held_out=trained.history.held_out,
-            baseline=encoder.accuracy(task.probe_logits, task.held_out.labels),
-            title=f"{named(options.method, options.recipe.rank)}, on {task.title}",
-        )
-        pictures = [curves]
-        if trained.ranks:
-            pictures.append(
-                report.rank_allocation(
-                    options.output / "ranks.png",
-                    ranks=trained.ranks,
-                    budget=trained.budget,
-                    title=f"{named(options.method, options.recipe.rank)}, on {task.title}",
-                )
-            )
+    with display.phase("plot", "Drawing"):
+        pictures = _draw(options, task, trained)
     display.done("plot", ", ".join(map(str, pictures)))
     result = conclude(
         options,
         task,
-        trained.adapter,
-        trained.logits,
-        trained.history.held_out,
-        trained.ranks,
+        trained,
         display.seconds,
         time.perf_counter() - start,
     )
@@ -132,6 +93,38 @@ def run(options: Quickstart, console: Console) -> Result:
         console.print(f"Numbers and settings: {options.json}", markup=False)
     console.print(_next(options), markup=False)
     return result
+
+
+def _draw(options: Quickstart, task: Task, trained: Trained) -> list[Path]:
+    """Draws the curves and whatever else a method has to show."""
+    title = f"{named(options.method, options.recipe.rank)}, on {task.title}"
+    baselines = {
+        "probe on frozen features": encoder.accuracy(task.probe_logits, task.held_out.labels)
+    }
+    phases = {}
+    if isinstance(trained, Mixed):
+        best = trained.mixture.best_expert
+        baselines[f"best single expert, {best}"] = trained.mixture.accuracy[best]
+        phases = {"experts": 0, "gate": trained.history.held_out[1][0]}
+    pictures = [
+        report.training_curves(
+            options.output / "curves.png",
+            loss=trained.history.loss,
+            accuracy=trained.history.accuracy,
+            held_out=trained.history.held_out,
+            baselines=baselines,
+            phases=phases,
+            title=title,
+        )
+    ]
+    if trained.ranks:
+        path = options.output / "ranks.png"
+        pictures.append(
+            report.rank_allocation(path, ranks=trained.ranks, budget=trained.budget, title=title)
+        )
+    if isinstance(trained, Mixed):
+        pictures += mixture.draw(options, trained, title)
+    return pictures
 
 
 def _next(options: Quickstart) -> str:
@@ -170,7 +163,7 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
             )
 
         untrained = predict(adapter, task.held_out[: encoder.PREDICTION_BATCH])
-        _agree("the untrained adapter", untrained, task.probe_logits)
+        finetune.agree("the untrained adapter", untrained, task.probe_logits)
         transformation = finetune.optimizer(options.steps, options.recipe.learning_rate)
         allocates = options.method == "adalora"
         if allocates:
@@ -195,26 +188,23 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
 
     budget: list[int] = []
 
-    def on_step(history: History, state: Any) -> None:
-        advance(len(history.loss), _progress(history))
+    def on_step(state: Any) -> None:
         if allocates:
             budget.append(int(state.budget))
 
     every = max(50, -(-options.steps // 3))
-    with display.bar("Training", options.steps, every=max(1, options.steps // 6)) as advance:
-        adapter, state, history = finetune.train(
-            step,
-            task.params,
-            adapter,
-            state,
-            sentiment.batches(task.train, options.batch_size, options.steps, options.seed),
-            measure_at=range(every, options.steps, every),
-            measure=measure,
-            on_step=on_step,
-        )
-    display.seconds["train"] = sum(history.seconds)
-    pace = f"{1000 * float(np.median(history.seconds)):.0f} ms each"
-    display.done("train", f"{options.steps} steps of {options.batch_size} texts, {pace}")
+    adapter, state, history = finetune.train(
+        step,
+        task.params,
+        adapter,
+        state,
+        sentiment.batches(task.train, options.batch_size, options.steps, options.seed),
+        steps=options.steps,
+        display=display,
+        measure_at=range(every, options.steps, every),
+        measure=measure,
+        on_step=on_step,
+    )
 
     ranks: dict[str, Any] = {}
     if allocates:
@@ -222,7 +212,9 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
             ranks = peftjax.ranks(adapter, state)
             whole = predict(adapter, task.held_out[: encoder.PREDICTION_BATCH])
             adapter = peftjax.prune(adapter, state)
-            _agree("the pruned adapter", predict(adapter, task.held_out[: len(whole)]), whole)
+            finetune.agree(
+                "the pruned adapter", predict(adapter, task.held_out[: len(whole)]), whole
+            )
         left = f"{min(ranks.values())} to {max(ranks.values())} in each module"
         display.done("prune", f"{sum(ranks.values())} triplets are left, {left}")
 
@@ -236,14 +228,10 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
     return Trained(adapter, predict, logits, history, ranks, budget)
 
 
-def _progress(history: History) -> str:
-    """What the bar says beside the steps."""
-    loss, accuracy = np.mean(history.loss[-20:]), np.mean(history.accuracy[-20:])
-    return f"loss {loss:.3f}  accuracy {accuracy:.1%}  {1000 * history.seconds[-1]:.0f} ms/step"
-
-
 def verify(options: Quickstart, task: Task, trained: Trained, display: Display) -> None:
     """Saves the adapter alone, restores it, merges it, and compares what each of them answers.
+
+    A mix that depends on the token has no merged weight.
 
     Raises:
       CommandError: the restored or merged model answers something else.
@@ -259,17 +247,12 @@ def verify(options: Quickstart, task: Task, trained: Trained, display: Display) 
             raise CommandError(f"the adapter restored from {place} answers differently")
     display.done("save", "the adapter alone; restored, it gives the same logits to the last bit")
 
+    if isinstance(trained, Mixed):
+        display.note("no merged weight: the mix depends on the token")
+        return
     with display.phase("merge", "Merging the adapter into the model"):
         params = peftjax.merge(task.params, trained.adapter)
         plain = jax.jit(task.encoder.classify)
         merged = encoder.predict(lambda ids, mask: plain(params, ids, mask), texts)
-        difference = _agree("the merged model", merged, expected)
+        difference = finetune.agree("the merged model", merged, expected)
     display.done("merge", f"merged, the plain model gives the same logits within {difference:.0e}")
-
-
-def _agree(what: str, logits: np.ndarray, expected: np.ndarray) -> float:
-    """The largest difference between logits; raises where it is more than rounding."""
-    difference = float(np.max(np.abs(logits - expected[: len(logits)])))
-    if not difference <= LOGIT_TOLERANCE * float(np.max(np.abs(expected))):
-        raise CommandError(f"{what} answers differently: logits are {difference:.2g} apart")
-    return difference

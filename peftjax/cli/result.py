@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ import numpy as np
 from rich.table import Table
 
 from peftjax import report
-from peftjax.adapter import Adapter
+from peftjax.cli import mixture
+from peftjax.cli.finetune import Trained
+from peftjax.cli.mixture import Mixed, Mixture
 from peftjax.cli.options import Quickstart
 from peftjax.cli.task import Task
 
@@ -42,6 +44,7 @@ class Result:
       labels: names of the labels.
       held_out_curve: (step, held-out accuracy).
       ranks: rank of each module, where they were allocated.
+      mixture: what a mix of experts is made of and is compared with; None of one adapter.
       settings: all flags, as ``Quickstart.settings`` gives them.
       versions: of Python and the libraries.
     """
@@ -61,6 +64,7 @@ class Result:
     labels: tuple[str, ...]
     held_out_curve: tuple[tuple[int, float], ...]
     ranks: dict[str, int]
+    mixture: Mixture | None
     settings: dict[str, Any]
     versions: dict[str, str]
 
@@ -72,10 +76,7 @@ class Result:
 def conclude(
     options: Quickstart,
     task: Task,
-    adapter: Adapter,
-    logits: np.ndarray,
-    held_out_curve: Sequence[tuple[int, float]],
-    ranks: Mapping[str, int],
+    trained: Trained,
     phase_seconds: Mapping[str, float],
     seconds: float,
 ) -> Result:
@@ -84,18 +85,15 @@ def conclude(
     Args:
       options: the flags.
       task: what was worked on.
-      adapter: the trained adapter.
-      logits: its answers on the held-out texts.
-      held_out_curve: (step, held-out accuracy).
-      ranks: rank of each module, where they were allocated.
+      trained: the trained adapter and its answers on the held-out texts.
       phase_seconds: time by phase.
       seconds: time of the whole run, the download included.
     """
-    right = (np.argmax(logits, axis=-1) == task.held_out.labels).astype(float)
+    right = (np.argmax(trained.logits, axis=-1) == task.held_out.labels).astype(float)
     probe_right = (np.argmax(task.probe_logits, axis=-1) == task.held_out.labels).astype(float)
     # Both were asked the same texts, so the error of the difference is that of paired answers.
     gains = right - probe_right
-    trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter.params))
+    trainable = trained.parameters
     frozen = sum(leaf.size for leaf in jax.tree.leaves(task.params))
     return Result(
         probe_accuracy=float(np.mean(probe_right)),
@@ -104,15 +102,16 @@ def conclude(
         gain_error=100 * float(np.std(gains)) / math.sqrt(len(gains)),
         trainable_parameters=trainable,
         total_parameters=frozen + trainable,
-        adapter_bytes=_bytes((adapter.params, adapter.buffers)),
+        adapter_bytes=_bytes((trained.adapter.params, trained.adapter.buffers)),
         model_bytes=_bytes(task.params),
         seconds=seconds - phase_seconds.get("download", 0.0),
         phase_seconds=dict(phase_seconds),
         train_texts=len(task.train),
         held_out_texts=len(task.held_out),
         labels=task.labels,
-        held_out_curve=tuple(held_out_curve),
-        ranks=dict(ranks),
+        held_out_curve=tuple(trained.history.held_out),
+        ranks=dict(trained.ranks),
+        mixture=trained.mixture if isinstance(trained, Mixed) else None,
         settings=options.settings(),
         versions=_versions(),
     )
@@ -160,7 +159,42 @@ def tables(result: Result) -> Table:
     )
     beside = Table.grid(padding=(0, 2))
     beside.add_row(outcome, times)
-    return beside
+    if result.mixture is None:
+        return beside
+    below = Table.grid()
+    below.add_row(beside)
+    below.add_row(mixture_table(result.mixture))
+    return below
+
+
+def mixture_table(outcome: Mixture) -> Table:
+    """Each expert alone and whatever else answered; and what the gate gives the expert."""
+    table = Table(
+        title="held-out accuracy, and what the gate gives",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("expert", no_wrap=True)
+    for heading in ("all texts", "its topic", "given there", "elsewhere"):
+        table.add_column(heading, justify="right")
+    texts = np.asarray(outcome.held_out_texts, float)
+    scalings = np.array([own or [0.0] * len(texts) for own in outcome.scalings])
+    for place, name in enumerate(outcome.experts):
+        own = outcome.accuracy_by_slice[name][place]
+        others = np.delete(texts, place)
+        elsewhere = np.delete(scalings[:, place], place) @ others / max(others.sum(), 1)
+        table.add_row(
+            name,
+            f"{outcome.accuracy[name]:.1%}",
+            "" if own is None else f"{own:.1%}",
+            "" if own is None else f"{scalings[place, place]:.0%}",
+            f"{elsewhere:.0%}",
+        )
+    table.add_section()
+    for name in (mixture.PROBE, mixture.UNIFORM, mixture.TOLD, mixture.GATED):
+        style = "bold" if name == mixture.GATED else ""
+        table.add_row(name, f"{outcome.accuracy[name]:.1%}", style=style)
+    return table
 
 
 def named(method: str, rank: int | None) -> str:
@@ -176,6 +210,10 @@ def named(method: str, rank: int | None) -> str:
 def verdict(result: Result) -> str:
     """The gain in words, from this run's own measurement."""
     words = f"{result.gain_points:+.1f} points over the probe"
+    if result.mixture is not None:
+        own = result.mixture
+        over = f"{own.gain_points:+.1f} ± {own.gain_error:.1f} points over its best single expert"
+        return f"{over}, {own.best_expert}; {words}."
     if result.gain_points >= GOAL_POINTS:
         return f"{words}: the goal of {GOAL_POINTS:.0f} or more is reached."
     # A short run, another task or another method promises nothing.

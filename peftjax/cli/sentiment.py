@@ -53,17 +53,26 @@ class Tokens:
       ids: token ids, shape (texts, tokens).
       mask: 1 for a token, 0 for padding, same shape.
       labels: label of each text, shape (texts,).
+      experts: number of the expert that serves each text, shape (texts,), where one alone does.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     labels: np.ndarray
+    experts: np.ndarray | None = None
+
+    @property
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """All but the labels: ids, mask and, where they are told, the experts."""
+        told = () if self.experts is None else (self.experts,)
+        return (self.ids, self.mask, *told)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, chosen: slice | np.ndarray) -> "Tokens":
-        return Tokens(self.ids[chosen], self.mask[chosen], self.labels[chosen])
+        experts = None if self.experts is None else self.experts[chosen]
+        return Tokens(self.ids[chosen], self.mask[chosen], self.labels[chosen], experts)
 
 
 def read_tweets(path: Path) -> Corpus:

@@ -23,8 +23,10 @@ class Task:
       encoder: the model.
       params: its frozen params and, under ``classifier``, the probe.
       modules: the model's names of the modules that adapters go on.
-      train: texts to train on.
+      texts: texts to train on, as people write them.
+      train: the same, as the model reads them.
       held_out: texts to measure on.
+      features: pooled states of the frozen model, of the texts to train on and of the others.
       labels: names of the labels.
       probe_logits: the probe's answers on the held-out texts.
     """
@@ -33,8 +35,10 @@ class Task:
     encoder: Encoder
     params: Params
     modules: dict[str, str]
+    texts: tuple[str, ...]
     train: Tokens
     held_out: Tokens
+    features: tuple[np.ndarray, np.ndarray]
     labels: tuple[str, ...]
     probe_logits: np.ndarray
 
@@ -76,8 +80,10 @@ def prepare(options: Quickstart, display: Display) -> Task:
         encoder=model,
         params={model.name: frozen, "classifier": head},
         modules=MODULES[check_model(directory)],
+        texts=train.texts,
         train=train_tokens,
         held_out=held_tokens,
+        features=(train_features, held_features),
         labels=corpus.names,
         probe_logits=logits,
     )

@@ -193,7 +193,9 @@ def method(request: pytest.FixtureRequest) -> options.Method:
 
 
 def test_every_method_has_a_recipe_and_a_config() -> None:
-    assert typing.get_args(options.Method) == tuple(quickstart.METHODS) == tuple(options.RECIPES)
+    assert typing.get_args(options.Method) == tuple(options.RECIPES)
+    # The config of a mixture is made of its experts'.
+    assert tuple(options.RECIPES) == (*quickstart.METHODS, "xlora")
 
 
 def test_recipes_pass_their_own_check(method: options.Method) -> None:
@@ -212,6 +214,7 @@ def test_flags_change_the_recipe_and_nothing_else(method: options.Method) -> Non
     assert settings["learning_rate"] == own.learning_rate
 
 
+@pytest.mark.parametrize("method", list(quickstart.METHODS))
 def test_the_recipe_reaches_the_config(method: options.Method) -> None:
     """Whatever a method has, and no more: a number that is accepted is used."""
     own = options.RECIPES[method]
@@ -392,6 +395,7 @@ def test_a_whole_run_on_a_tiny_model(
     assert (out / "adapter").is_dir()
 
 
+@pytest.mark.parametrize("method", list(quickstart.METHODS))
 @pytest.mark.usefixtures("as_jax_comes")
 def test_a_whole_run_of_every_method(
     method: options.Method,
@@ -434,6 +438,37 @@ def test_a_whole_run_of_every_method(
     assert len(found["ranks"]) == (6 if method == "adalora" else 0)
 
 
+@pytest.mark.usefixtures("as_jax_comes")
+def test_a_whole_run_of_a_mixture(
+    tiny_bert: Path, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Experts on slices of the texts, the gate on all: numbers, pictures and a page."""
+    file, out = tmp_path / "result.json", tmp_path / "out"
+    paths = f"--model {tiny_bert} --data {reviews} --output {out} --json {file}"
+    flags = f"--method xlora --experts 2 {paths} --steps 5 --tokens 8"
+    code = main(["quickstart", *flags.split()])
+    shown = capsys.readouterr()
+    assert code == 0, shown.err
+    assert "no merged weight" in shown.out
+
+    found = json.loads(file.read_text())
+    mixture = found["mixture"]
+    assert len(mixture["experts"]) == 2
+    assert sum(mixture["train_texts"]) == found["train_texts"]
+    assert sum(mixture["held_out_texts"]) == found["held_out_texts"]
+    others = {"probe", "uniform mix", "told the topic", "gated mix"}
+    assert set(mixture["accuracy"]) == {*mixture["experts"], *others}
+    assert mixture["accuracy"]["gated mix"] == found["accuracy"]
+    for shares in mixture["scalings"]:
+        assert shares is None or sum(shares) == pytest.approx(1, abs=1e-3)
+    assert mixture["best_expert"] in mixture["experts"]
+    # Both factors of two modules in two layers of each expert; and the gate.
+    r = options.RECIPES["xlora"].rank
+    assert found["trainable_parameters"] > 2 * 2 * 2 * (2 * 16 * r)
+    assert {path.name for path in out.glob("*.png")} == {"curves.png", "routing.png"}
+    assert "<html" in (out / "routing.html").read_text()
+
+
 TINY = {
     "bert": {"num_hidden_layers": 2, "intermediate_size": 32},
     "roberta": {"num_hidden_layers": 2, "intermediate_size": 32},
@@ -456,8 +491,10 @@ def test_adapters_find_their_modules_in_every_kind_of_model(kind: str) -> None:
         encoder=Encoder(model, lambda texts: texts, model.base_model_prefix, 8),
         params={model.base_model_prefix: model.params, "classifier": head},
         modules=options.MODULES[kind],
+        texts=("one", "two"),
         train=Tokens(ids, ids, np.zeros(2, np.int32)),
         held_out=Tokens(ids, ids, np.zeros(2, np.int32)),
+        features=(np.zeros((2, 16)), np.zeros((2, 16))),
         labels=("no", "yes"),
         probe_logits=np.zeros((2, 2), np.float32),
     )
@@ -515,6 +552,7 @@ def outcome(accuracy: float, **settings: object) -> Any:
         labels=("negative", "positive"),
         held_out_curve=((0, 0.8), (150, accuracy)),
         ranks={},
+        mixture=None,
         settings={**Quickstart().settings(), **settings},
         versions={},
     )
@@ -553,8 +591,8 @@ def test_tables_of_a_method_without_a_rank() -> None:
 
 def test_answers_that_differ_are_an_error() -> None:
     logits = np.array([[1.0, 2.0], [3.0, -4.0]])
-    assert quickstart._agree("it", logits, logits) == 0
+    assert finetune.agree("it", logits, logits) == 0
     with pytest.raises(CommandError, match="it answers differently"):
-        quickstart._agree("it", logits + 0.01, logits)
+        finetune.agree("it", logits + 0.01, logits)
     with pytest.raises(CommandError, match="it answers differently"):
-        quickstart._agree("it", logits * np.nan, logits)
+        finetune.agree("it", logits * np.nan, logits)
