@@ -37,12 +37,16 @@ from peftjax.methods import xlora_layers as xlora_layers
 from peftjax.routing import AdapterBank as AdapterBank
 from peftjax.routing import stack_adapters as stack_adapters
 from peftjax.scalings_log import ScalingsLog as ScalingsLog
+from peftjax.sharding import adapter_shardings as adapter_shardings
 from peftjax.sites import Site as Site
 from peftjax.sites import Sites as Sites
 from peftjax.sites import find_sites as find_sites
 from peftjax.summary import Summary as Summary
 from peftjax.summary import summary as summary
 from peftjax.targeting import NoMatchingModuleError as NoMatchingModuleError
+from peftjax.training import TrainState as TrainState
+from peftjax.training import init_train_state as init_train_state
+from peftjax.training import make_train_step as make_train_step
 from peftjax.training import prune as prune
 from peftjax.training import rank_allocator as rank_allocator
 from peftjax.training import ranks as ranks

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +259,7 @@ class Gating:
     gates: Callable[[Any, Array], Float[Array, "batch sequence layers experts"]]
 
 
+Axes = Literal["in", "out", "rank", "taps"]
 Change = Factors | Dense
 Make = Callable[[Any, Arrays, Arrays, Weight, PRNGKeyArray | None], Change]
 
@@ -280,9 +281,10 @@ class Method:
         default ``inverse`` of ``factors``, which is right where they do not read the weight.
       bias: from the config, the arrays and the weight, which it cannot read: the change of the
         weight's bias.
-      rank_axes: for each array that has rank axes, which they are; layers of one stack whose
-        ranks differ are padded along them, and told apart by a 0/1 ``rank_mask`` among the frozen
-        arrays.
+      axes: for each array that has any, the axes behind the stack's: all those that go ``in`` or
+        ``out``, as the weight has them or of size 1, a ``rank``, or all ``taps`` of a kernel.
+        Layers of one stack whose ranks differ are padded along the rank axes, and told apart by a
+        0/1 ``rank_mask`` among the frozen arrays.
       rank_mask: from the config and a site, that mask of all its weights, where the config itself
         says which ranks are padding.
       init_reads_weight: whether ``init`` reads the weight.
@@ -303,7 +305,7 @@ class Method:
     buffers: Callable[[PRNGKeyArray, Any, Any, Weight], Arrays] = lambda *_: {}
     inverse: Make | None = None
     bias: Callable[[Any, Arrays, Arrays, Weight], BiasChange] = lambda *_: BiasChange()
-    rank_axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    axes: Mapping[str, tuple[Axes, ...]] = dataclasses.field(default_factory=dict)
     rank_mask: Callable[[Any, Any], Any] = lambda config, site: None
     init_reads_weight: Callable[[Any], bool] = lambda config: False
     buffers_read_weight: Callable[[Any], bool] = lambda config: False
@@ -313,3 +315,16 @@ class Method:
     program: tuple[str, ...] = ()
     mixes: Callable[[Any], bool] = lambda config: False
     gating: Gating | None = None
+
+    @property
+    def rank_axes(self) -> dict[str, tuple[int, ...]]:
+        """For each array that has rank axes, which they are; from behind where in-axes precede."""
+        return {
+            name: tuple(
+                i if set(axes[:i]) <= {"rank"} else i - len(axes)
+                for i, axis in enumerate(axes)
+                if axis == "rank"
+            )
+            for name, axes in self.axes.items()
+            if "rank" in axes
+        }

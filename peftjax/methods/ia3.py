@@ -155,5 +155,10 @@ def _bias(config: IA3Config, params: Arrays, buffers: Arrays, weight: Weight) ->
 
 
 IA3Config.method = Method(
-    settings=_settings, init=_init, factors=_factors, bias=_bias, params=("ia3_l",)
+    settings=_settings,
+    init=_init,
+    factors=_factors,
+    bias=_bias,
+    axes={"ia3_l": ("in", "out")},
+    params=("ia3_l",),
 )

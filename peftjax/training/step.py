@@ -1,0 +1,186 @@
+"""One training step of an adapter: gradients, the optimizer, and nothing of the base in them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from peftjax.adapter import Adapter
+
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a training run changes, and so all that a checkpoint of it holds.
+
+    Attributes:
+      adapter: the adapter.
+      opt_state: the state of its optimizer.
+      step: how many steps were taken.
+      key: the PRNG key that the dropout of every step comes from; None trains without dropout.
+    """
+
+    adapter: Adapter
+    opt_state: Any
+    step: Int[Array, ""]
+    key: PRNGKeyArray | None = None
+
+
+def init_train_state(
+    adapter: Adapter,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray | None = None,
+) -> TrainState:
+    """The state of a training run before its first step.
+
+    Args:
+      adapter: the adapter to train.
+      optimizer: any optax optimizer; its state is that of ``adapter.params`` alone.
+      key: a PRNG key for dropout; None trains without.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"]
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+      >>> sites = peftjax.find_sites(apply_fn, params, jnp.ones((2, 4)))
+      >>> config = peftjax.LoraConfig(r=2, target_modules=["dense"])
+      >>> adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
+      >>> int(peftjax.init_train_state(adapter, optax.adam(1e-3)).step)
+      0
+    """
+    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    adapter = adapter.replace(key=None)
+    return TrainState(adapter, optimizer.init(adapter.params), jnp.zeros((), jnp.int32), key)
+
+
+def make_train_step(
+    loss_fn: Callable[[Any, Adapter, Any], Any],
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    shardings: Any = None,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+    """Makes the compiled step that trains an adapter.
+
+    The state is donated: its arrays are overwritten in place, so that a step holds one copy of the
+    adapter and of the optimizer's state; go on with the state it returns. The base is an argument,
+    never part of the program, and is not differentiated.
+
+    Args:
+      loss_fn: ``loss_fn(params, adapter, batch)``, which calls an adapted function and gives the
+        mean loss over the rows of the batch, or that and a dict of further scalars to report.
+      optimizer: the optimizer that the state was made with.
+      accumulate: into how many equal parts, along the first axis of its arrays, a batch is cut;
+        they run one after the other, and their gradients and metrics are averaged. Each has a
+        dropout of its own.
+      shardings: where the state lies, as ``adapter_shardings(state, params)`` gives it; None
+        leaves it to the compiler. Under Explicit mesh axes it is not needed.
+
+    Returns:
+      ``step(state, params, batch)``, which returns the next state and the metrics: ``loss``,
+      ``grad_norm``, the global norm of the gradients, and those of ``loss_fn``. It has ``lower``
+      and so on, as every jitted function.
+
+    Raises:
+      ValueError: ``accumulate`` is no positive integer; from the step: it does not divide the
+        batch, or ``loss_fn`` returns no scalar.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"]
+      >>> params, x = {"dense": {"kernel": jnp.ones((4, 3))}}, jnp.ones((8, 4))
+      >>> sites = peftjax.find_sites(apply_fn, params, x)
+      >>> config = peftjax.LoraConfig(r=2, target_modules=["dense"])
+      >>> adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
+      >>> adapted = peftjax.adapt(apply_fn)
+      >>> def loss_fn(params, adapter, batch):
+      ...     return jnp.square(adapted(params, adapter, batch)).mean()
+      >>> optimizer = optax.sgd(1e-2)
+      >>> state = peftjax.init_train_state(adapter, optimizer, key=jax.random.key(1))
+      >>> step = peftjax.make_train_step(loss_fn, optimizer, accumulate=2)
+      >>> state, metrics = step(state, params, x)
+      >>> float(metrics["loss"]), int(state.step)
+      (16.0, 1)
+    """
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"`accumulate` must be an integer of 1 or more, got {accumulate!r}")
+
+    def gradients(
+        state: TrainState, params: Any, batch: Any, part: Any
+    ) -> tuple[Any, tuple[Array, Metrics]]:
+        adapter = state.adapter
+        if state.key is not None:
+            key = jax.random.fold_in(state.key, state.step * accumulate + part)
+            adapter = adapter.train(key)
+
+        def total(trainable: Any) -> tuple[Array, tuple[Array, Metrics]]:
+            out = loss_fn(params, adapter.replace(params=trainable), batch)
+            loss, metrics = out if isinstance(out, tuple) else (out, {})
+            if jnp.shape(loss) != ():
+                raise ValueError(
+                    f"the loss must be a scalar, the mean over the rows of the batch, and has "
+                    f"shape {jnp.shape(loss)}"
+                )
+            return loss, (loss, metrics)
+
+        return jax.grad(total, has_aux=True)(adapter.params)
+
+    def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        if accumulate == 1:
+            grads, (loss, metrics) = gradients(state, params, batch, 0)
+        else:
+            grads, (loss, metrics) = _averaged(
+                lambda part, i: gradients(state, params, part, i), _parts(batch, accumulate)
+            )
+        trainable = state.adapter.params
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        after = TrainState(
+            state.adapter.replace(params=optax.apply_updates(trainable, updates)),
+            opt_state,
+            optax.safe_increment(state.step),
+            state.key,
+        )
+        return after, {"loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
+
+    out = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _parts(batch: Any, count: int) -> Any:
+    """A batch with its parts in front; row i goes into part i modulo their number.
+
+    So each part holds rows of every device that a sharded batch lies on, and none moves.
+    """
+
+    def cut(keys: Any, array: Any) -> Array:
+        rows = jnp.shape(array)[0] if jnp.ndim(array) else 0
+        if rows == 0 or rows % count:
+            name = jax.tree_util.keystr(keys) or "the batch"
+            raise ValueError(
+                f"{name} of shape {jnp.shape(array)} cannot be cut into {count} equal parts along "
+                f"its first axis: change `accumulate` or the size of the batch"
+            )
+        return jnp.moveaxis(jnp.reshape(array, (rows // count, count, *array.shape[1:])), 1, 0)
+
+    return jax.tree_util.tree_map_with_path(cut, batch)
+
+
+def _averaged(function: Callable[[Any, Array], Any], parts: Any) -> Any:
+    """The mean of what a function gives for each part, one after the other."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+
+    def body(total: Any, one: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*one)), None
+
+    first = jax.tree.map(lambda array: array[0], parts)
+    shapes = jax.eval_shape(function, first, jnp.int32(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (parts, jnp.arange(count)))
+    return jax.tree.map(lambda array: array / count, total)
