@@ -34,6 +34,7 @@ from peftjax.methods import orthogonality as orthogonality
 from peftjax.methods import split_loha as split_loha
 from peftjax.methods import xlora_experts as xlora_experts
 from peftjax.methods import xlora_layers as xlora_layers
+from peftjax.quantization import quantize_base as quantize_base
 from peftjax.routing import AdapterBank as AdapterBank
 from peftjax.routing import stack_adapters as stack_adapters
 from peftjax.scalings_log import ScalingsLog as ScalingsLog

@@ -9,10 +9,11 @@ import jax
 from peftjax.adapter import Adapter
 from peftjax.attach import as_sequence
 from peftjax.by_row import run_by_row
+from peftjax.engine.packed import Packed
 from peftjax.engine.routes import RouteError
 from peftjax.first_pass import HiddenStates, first_pass, for_every_layer, routing
 from peftjax.running import Model, rows, run_with
-from peftjax.trees import Static, split
+from peftjax.trees import Static, leaves_of, split
 
 
 def adapt(
@@ -106,7 +107,8 @@ def adapt(
             raise ValueError(
                 "return_scalings=True needs an X-LoRA adapter that mixes its experts by itself"
             )
-        if not adapters:
+        quantised = any(isinstance(leaf, Packed) for leaf in leaves_of(params))
+        if not adapters and not quantised:
             return apply_fn(params, *args, **kwargs)
         arrays, static = split((params, args, kwargs))
         return run_adapted(static, arrays, adapters)

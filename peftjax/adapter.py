@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from peftjax.config import AdapterConfig
+from peftjax.engine.packed import dense
 from peftjax.factors import Arrays, WeightSpec, accumulation_dtype
 from peftjax.routes import Mix, Route
 from peftjax.sites import Leaf, Site, Sites
@@ -140,7 +141,7 @@ def init_adapter(
             raise ValueError(f"{site.name}: {error}") from error
         trainable[site.name], frozen[site.name] = made
     for path, leaf in saved.items():
-        trainable.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.array(leaves[path])
+        trainable.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.array(dense(leaves[path]))
     _warn_unmatched(config, chosen)
     known = sites.only(chosen.sites)
     return Adapter(trainable, frozen, None, config, known, tuple(saved.values()))

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from peftjax.adapter import Adapter, check_leaves
 from peftjax.changes import bias_change, changed_weight
+from peftjax.engine.packed import Packed
 from peftjax.engine.run import mark
 from peftjax.engine.views import View
 from peftjax.factors import accumulation_dtype
 from peftjax.routes import Mix
 from peftjax.sites import Site
-from peftjax.trees import dotted, is_array
+from peftjax.trees import dotted, is_array, is_quantised
 
 
 def as_sequence(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:
@@ -152,6 +153,11 @@ def _bias_shift(bias: jax.Array, adapter: Adapter, site: Site) -> jax.Array | No
 
 def refill(params: Any, leaves: Mapping[str, Any]) -> Any:
     """A params tree with other arrays at its leaves; what is no array stays."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: leaves[dotted(keys)] if is_array(leaf) else leaf, params
-    )
+
+    def filled(keys: Any, leaf: Any) -> Any:
+        if not is_quantised(leaf) and not is_array(leaf):
+            return leaf
+        own = leaves[dotted(keys)]
+        return leaf if isinstance(own, Packed) else own
+
+    return jax.tree_util.tree_map_with_path(filled, params, is_leaf=is_quantised)

@@ -10,7 +10,7 @@ from peftjax.adapter import Adapter
 from peftjax.engine.routes import RouteError, taken
 from peftjax.routes import Mix
 from peftjax.running import Model, rows, run_with
-from peftjax.trees import Static, is_array
+from peftjax.trees import Static, is_array, leaves_of
 
 
 def run_by_row(
@@ -85,7 +85,7 @@ def _axes(batch_axes: Any, static: Static, arrays: list[Any]) -> list[int | None
             f"batch_axes={batch_axes} is no prefix of the arguments after params and adapter, as "
             f"jax.vmap takes it in in_axes: {error}"
         ) from error
-    axes: list[int | None] = [None] * sum(map(is_array, jax.tree.leaves(params)))
+    axes: list[int | None] = [None] * sum(map(is_array, leaves_of(params)))
     # As in jax.vmap, arguments by keyword have their rows in front.
     pairs = zip(
         jax.tree.leaves((args, kwargs)),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from peftjax.adapter import Adapter, path_key, site_arrays, weight_spec
-from peftjax.engine import compat
+from peftjax.engine import compat, packed
 from peftjax.engine import routes as engine_routes
 from peftjax.engine.linear import fused, split_as
 from peftjax.engine.views import Layer, View, layout
@@ -72,7 +72,7 @@ def changed_weight(
         change = jax.vmap(whole, out_axes=-1)(params, buffers)
         return _side_by_side(change, route, site) if isinstance(route, Mix) else change
 
-    make = compat.automatic(every, view.base, lambda shapes: _specs(shapes, view))
+    make = compat.automatic(every, packed.like(view.base), lambda shapes: _specs(shapes, view))
     change = make(*site_arrays(adapter, site), view, own_key, adapter.route)
     if isinstance(change, Dense):
         return fused(view, change.change)
@@ -183,7 +183,7 @@ def _whole(array: Array | None, site: Site, fill: int) -> Array | None:
 
 def _specs(change: Change, view: View) -> Change:
     """The partition spec of each part: every axis is split as the weight's is."""
-    spec = compat.explicit_spec(view.base)
+    spec = compat.explicit_spec(packed.like(view.base))
     parts = layout(view)
 
     def of(part: str, array: Any) -> Any:

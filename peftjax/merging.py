@@ -8,11 +8,18 @@ import jax.numpy as jnp
 from peftjax.adapter import Adapter
 from peftjax.attach import as_sequence, attach, check_fits, refill
 from peftjax.engine.linear import merged
+from peftjax.engine.packed import Packed, dense
 from peftjax.running import rows
 from peftjax.trees import leaf_paths
 
 
-def merge(params: Any, adapter: Adapter | Sequence[Adapter] | None, *, safe: bool = False) -> Any:
+def merge(
+    params: Any,
+    adapter: Adapter | Sequence[Adapter] | None,
+    *,
+    safe: bool = False,
+    dequantize: bool = False,
+) -> Any:
     r"""Builds adapters into the params, for the plain ``apply_fn``.
 
     .. math::
@@ -24,12 +31,15 @@ def merge(params: Any, adapter: Adapter | Sequence[Adapter] | None, *, safe: boo
       params: the base's params.
       adapter: an Adapter, a sequence of them, applied in order, or None.
       safe: check the result, which waits for it and so cannot be jitted.
+      dequantize: make plain arrays of all quantised weights: of less digits than the merged ones
+        have, they cannot hold them.
 
     Returns:
       Params of the same structure, shapes and dtypes.
 
     Raises:
-      ValueError: the adapter belongs to other params; or ``safe`` and a result is not finite.
+      ValueError: the adapter belongs to other params; ``safe`` and a result is not finite; or the
+        params are quantised without ``dequantize``.
     """
     # Dropout belongs to training: nothing of it is merged.
     adapters = [each.replace(key=None) for each in as_sequence(adapter)]
@@ -37,6 +47,14 @@ def merge(params: Any, adapter: Adapter | Sequence[Adapter] | None, *, safe: boo
     leaves = leaf_paths(params)
     check_fits(leaves, adapters)
     leaves, views = attach(leaves, adapters)
+    packed = [path for path, leaf in leaves.items() if isinstance(leaf, Packed)]
+    if packed and not dequantize:
+        raise ValueError(
+            f"{packed[0]} is quantised, and what is merged into it has more digits than it can "
+            f"hold: pass dequantize=True for params without quantised weights, as large as those "
+            f"before"
+        )
+    leaves |= {path: dense(leaves[path]) for path in packed}
     leaves |= {path: merged(view) for path, view in views.items()}
     if safe:
         for path in views:

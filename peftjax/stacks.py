@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from peftjax.config import AdapterConfig
+from peftjax.engine.packed import Base, Packed, dense, spread_along, taken
 from peftjax.factors import Arrays, Weight, WeightSpec
 from peftjax.sites import Site
 
@@ -18,43 +20,59 @@ def over_stack(function: Callable[..., Any], site: Site) -> Callable[..., Any]:
     """The function of one weight as a function of all of a site's, mapped over the stack axes.
 
     Every array has them in front, but for the base of a ``Weight``, which has them where it has
-    them.
+    them. A quantised base is unpacked one weight after the other, and again for gradients.
     """
 
     def mapped(depth: int, *args: Any) -> Any:
+        quantised = any(isinstance(arg, Weight) and isinstance(arg.base, Packed) for arg in args)
         if depth == len(site.stack_axes):
-            return function(*args)
+            return jax.checkpoint(unpacked)(*args) if quantised else function(*args)
         # The axes before this one are mapped over already, and so are gone.
         own = site.stack_axes[depth] - depth
+        axes = tuple(_mapped_axes(arg, own) for arg in args)
         inner = functools.partial(mapped, depth + 1)
-        return jax.vmap(inner, in_axes=tuple(_mapped_axes(arg, own) for arg in args))(*args)
+        if not quantised:
+            return jax.vmap(inner, in_axes=axes)(*args)
+        in_front = jax.tree.map(lambda array, axis: jnp.moveaxis(array, axis, 0), args, axes)
+        return lax.map(lambda each: inner(*each), in_front)
+
+    def unpacked(*args: Any) -> Any:
+        return function(*(_unpacked(arg) if isinstance(arg, Weight) else arg for arg in args))
 
     return functools.partial(mapped, 0)
+
+
+def _unpacked(weight: Weight) -> Weight:
+    """The weight, of which the base is an array."""
+    assert weight.base is not None
+    return dataclasses.replace(weight, base=dense(weight.base))
 
 
 def _mapped_axes(arg: Any, own: int) -> Any:
     """The axis of each array of an argument to map over."""
     axes = jax.tree.map(lambda _: 0, arg)
     if isinstance(arg, Weight) and arg.base is not None:
-        axes = dataclasses.replace(axes, base=own)
+        axes = dataclasses.replace(axes, base=jax.tree.map(lambda _: own, arg.base))
     return axes
 
 
 def stacked_weight(
-    site: Site, spec: WeightSpec, base: Array | None, layers: Any = None, **rest: Any
+    site: Site, spec: WeightSpec, base: Base | None, layers: Any = None, **rest: Any
 ) -> Weight:
     """All of a site's weights as one ``Weight``, whose axes are those of a single one.
 
     ``layers`` are indices along the first stack axis; None takes the base as it is.
     """
     if base is not None and layers is not None:
-        base = jnp.take(base, jnp.asarray(layers), axis=site.stack_axes[0])
+        base = taken(base, jnp.asarray(layers), site.stack_axes[0])
+    # A quantised weight is one until a single weight of the stack is asked about.
+    whole: Any = None if base is None else spread_along(base, site.stack_axes)
 
     def of_one(axes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(axis - sum(stack < axis for stack in site.stack_axes) for axis in axes)
 
     in_axes, out_axes = of_one(site.in_axes), of_one(site.out_axes)
-    return Weight(spec=spec, base=base, in_axes=in_axes, out_axes=out_axes, **rest)
+    return Weight(spec=spec, base=whole, in_axes=in_axes, out_axes=out_axes, **rest)
 
 
 def spread(array: Array, site: Site, fill: int) -> Array:
@@ -70,7 +88,7 @@ def init_site(
     config: AdapterConfig,
     site: Site,
     spec: WeightSpec,
-    base: Array | None,
+    base: Base | None,
 ) -> tuple[Arrays, Arrays]:
     """The trainable and the frozen arrays of one site, with its stack axes in front.
 
@@ -86,7 +104,9 @@ def init_site(
 
     if not site.stack_axes:
         settings = method.settings(config, site, None)
-        return init(settings, key, stacked_weight(site, spec, base))
+        return over_stack(functools.partial(init, settings), site)(
+            key, stacked_weight(site, spec, base)
+        )
 
     keys = jax.random.split(key, site.full_stack_shape)
     layers = site.layers or range(site.full_stack_shape[0])

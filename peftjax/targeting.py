@@ -225,7 +225,7 @@ def _hits(targets: Targets | None, sites: Sites) -> Hits:
         for entry in targets:
             rules[entry] = functools.partial(_named_layers, functools.partial(ends_with, entry))
     else:
-        test = _all_linear(sites) if isinstance(targets, str) else targets
+        test = all_linear(sites) if isinstance(targets, str) else targets
         rules[""] = lambda site: _every_layer(site) if test(site) else _NONE
     return {
         entry: {site.name: layers for site in sites.sites if (layers := rule(site))}
@@ -233,7 +233,7 @@ def _hits(targets: Targets | None, sites: Sites) -> Hits:
     }
 
 
-def _all_linear(sites: Sites) -> Callable[[Site], bool]:
+def all_linear(sites: Sites) -> Callable[[Site], bool]:
     """Every site but lookups; where there is a lookup, an output head stays out as well."""
     has_lookup = any(site.kind == "lookup" for site in sites.sites)
     return lambda site: site.kind != "lookup" and not (has_lookup and site.is_head)

@@ -1,23 +1,28 @@
 """Paths of the arrays in a tree, and the split of arguments into arrays and everything else."""
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from peftjax.engine.packed import Packed
+
 
 def leaf_paths(tree: Any) -> dict[str, Any]:
     """Every array of a tree by its dotted path, in the order in which JAX flattens it.
 
-    Boxes around an array (``flax.linen.Partitioned``) leave no trace in its path.
+    Boxes around an array (``flax.linen.Partitioned``) leave no trace in its path. A quantised
+    weight (``qwix.QArray``) is one array, ``Packed``.
 
     Raises:
       ValueError: two arrays have the same dotted path.
     """
     paths: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantised)[0]:
+        leaf = as_packed(leaf)
         if not is_array(leaf):
             continue
         path = dotted(keys)
@@ -49,8 +54,29 @@ def _name(key: Any) -> str:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is traced: arrays, keys, NumPy scalars and ShapeDtypeStructs."""
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+    """Whether a leaf is traced: arrays, quantised ones, keys, NumPy scalars, ShapeDtypeStructs."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct | Packed)
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """The leaves of a tree, each quantised weight as one."""
+    return [as_packed(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_quantised)]
+
+
+def is_quantised(node: Any) -> bool:
+    """Whether a node of a tree is a quantised weight."""
+    # Without qwix imported there is none of its arrays.
+    qwix = sys.modules.get("qwix")
+    return isinstance(node, Packed) or (qwix is not None and isinstance(node, qwix.QArray))
+
+
+def as_packed(leaf: Any) -> Any:
+    """A quantised weight as the engine knows it; any other leaf as it is."""
+    if not is_quantised(leaf) or isinstance(leaf, Packed):
+        return leaf
+    # Of all that qwix knows, this alone keeps no plain numbers.
+    levels = "nf4" if isinstance(leaf.qtype, str) and leaf.qtype == "nf4" else ""
+    return Packed(leaf.qvalue, leaf.scale, leaf.zero_point, levels, np.dtype(leaf.scale.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +105,8 @@ def split(tree: Any) -> tuple[list[Any], Static]:
     Raises:
       TypeError: a leaf is neither an array nor hashable.
     """
-    leaves, structure = jax.tree.flatten(tree)
+    nodes, structure = jax.tree.flatten(tree, is_leaf=is_quantised)
+    leaves = [as_packed(node) for node in nodes]
     static: list[tuple[type, Any] | None] = []
     for leaf in leaves:
         if not is_array(leaf):

@@ -13,6 +13,7 @@ import numpy as np
 
 from peftjax.adapter import Adapter, check_single, path_key, site_arrays, weight_spec
 from peftjax.config import AdapterConfig
+from peftjax.engine.packed import dense
 from peftjax.factors import Arrays, WeightSpec
 from peftjax.sites import Leaf, Site, Sites
 from peftjax.stacks import stacked_weight
@@ -160,7 +161,7 @@ def _site_arrays(
     spec = weight_spec(site, np.result_type(*(x.dtype for each in own for x in each.values())))
     # A key of zero: where frozen arrays are drawn, a file does not say what was drawn.
     key = path_key(jax.random.key(0), site.path)
-    base = leaves[site.path] if leaves and method.buffers_read_weight(config) else None
+    base = dense(leaves[site.path]) if leaves and method.buffers_read_weight(config) else None
     frozen = []
     for index in indices(site):
         settings = method.settings(config, site, index[0] if index else None)

@@ -15,6 +15,7 @@ from peftjax.algebra.lowrank import Pair, best_factors, best_product, plain_lora
 from peftjax.attach import attach
 from peftjax.changes import bias_change
 from peftjax.config import AdapterConfig
+from peftjax.engine import packed
 from peftjax.engine.linear import merged
 from peftjax.factors import Arrays, Change, Factors, Weight, accumulation_dtype
 from peftjax.methods.lora import LoraConfig
@@ -83,7 +84,11 @@ def convert_to_lora(adapter: Adapter, rank_or_energy: Kept = None, params: Any =
     factors: dict[Part, Pair] = {}
     for site in adapter.sites.values():
         scales = site.name in scaled
-        dense = np.asarray(_change_of(leaves[site.path], _alone(adapter, site))) if scales else None
+        dense = (
+            np.asarray(_change_of(packed.dense(leaves[site.path]), _alone(adapter, site)))
+            if scales
+            else None
+        )
         for index in indices(site):
             single = singles[site.name, index]
             if dense is not None:
@@ -253,7 +258,7 @@ def _arguments(single: Single, leaves: Mapping[str, Any]) -> tuple[Any, Any, Wei
         where: list[Any] = [slice(None)] * len(site.shape)
         for axis, i in zip(site.stack_axes, single.index, strict=True):
             where[axis] = i
-        base = leaves[site.path][tuple(where)]
+        base = packed.dense(leaves[site.path])[tuple(where)]
     return single.params, single.buffers, stacked_weight(site, single.spec, base, fusible=False)
 
 
@@ -331,7 +336,9 @@ def _saved(
     values = dict(leaves)
     for site in sites:
         path = str(site.bias)
-        values[path] = _bias_of(leaves[site.path], values[path], _alone(adapter, site))
+        values[path] = _bias_of(
+            packed.dense(leaves[site.path]), values[path], _alone(adapter, site)
+        )
         shape, dtype = tuple(values[path].shape), np.dtype(values[path].dtype)
         leaf = Leaf(path, shape, dtype, dataclasses.replace(site, layers=None))
         saved[path] = (saved[path][0] if path in saved else leaf, values[path])

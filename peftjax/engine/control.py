@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec, Sharding
 
-from peftjax.engine import compat
+from peftjax.engine import compat, packed
 from peftjax.engine.linear import placed, split_as
 from peftjax.engine.trace import Trace, plain
 from peftjax.engine.views import Dims, Result, Role, View, fold_in, give_roles, remap
@@ -60,11 +60,15 @@ def _constrain(values: list[Any], shardings: Sequence[Any]) -> list[Any]:
     def constrained(x: Any, sharding: Any) -> Any:
         if not isinstance(sharding, Sharding):
             return x
+
+        def moved(array: jax.Array) -> jax.Array:
+            return lax.with_sharding_constraint(array, sharding)
+
         if isinstance(x, View):
-            return dataclasses.replace(x, base=constrained(x.base, sharding))
+            return dataclasses.replace(x, base=packed.constrained(x.base, moved))
         if isinstance(x, Result):
-            return dataclasses.replace(x, value=constrained(x.value, sharding))
-        return lax.with_sharding_constraint(x, sharding)
+            return dataclasses.replace(x, value=moved(x.value))
+        return moved(x)
 
     return [constrained(x, sharding) for x, sharding in zip(values, shardings, strict=True)]
 
@@ -187,7 +191,10 @@ def _scannable(trace: Trace, x: Any, eqn: compat.Eqn) -> Any:
     """An operand that a scan can slice along its first axis."""
     if isinstance(x, Result):
         return x.value
-    if not isinstance(x, View) or x.roles is None:
+    if not isinstance(x, View):
+        return x
+    x = dataclasses.replace(x, base=packed.spread_along(x.base, (0,)))
+    if x.roles is None:
         return x
     if x.role(0) is None:
         roles: list[Role] = ["out"] * x.base.ndim
@@ -269,7 +276,7 @@ def _shard_map(trace: Trace, eqn: compat.Eqn, operands: list[Any], replay: Repla
 def _part_specs(view: View, spec: PartitionSpec) -> list[PartitionSpec]:
     """The spec of the base and of each factor: every axis is split as the base's is."""
     full = PartitionSpec(*spec, *[None] * (view.base.ndim - len(spec)))
-    specs = [spec]
+    specs = packed.split_like(view.base, full)
 
     def part(array: jax.Array, dims: Dims, _: Dims) -> jax.Array:
         specs.append(split_as(full, dims, array, view.base))

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from peftjax.engine import compat
+from peftjax.engine import compat, packed
+from peftjax.engine.packed import Base, Packed
 from peftjax.engine.routes import Route, RouteError, Rows, each_row
 from peftjax.engine.views import Dims, Layer, Role, View, give_roles, layout, remap
 from peftjax.factors import accumulation_dtype
@@ -120,6 +121,20 @@ def _dropped(x: jax.Array, layer: Layer) -> jax.Array:
     return jnp.where(mask, x / jnp.asarray(keep, x.dtype), jnp.zeros_like(x))
 
 
+def unpacked(linear: Linear, view: View, planned: Callable[[View], Any]) -> Linear:
+    """The use of a weight that is unpacked for it, and once more in the backward pass.
+
+    So nothing keeps the whole weight in between. ``planned`` makes the use out of a view.
+    """
+    if not isinstance(view.base, Packed):
+        return linear
+
+    def base(own: Packed, x: Any) -> jax.Array:
+        return planned(dataclasses.replace(view, base=own, layers=()))[0].base(x)
+
+    return dataclasses.replace(linear, base=functools.partial(jax.checkpoint(base), view.base))
+
+
 def orient(view: View, usage: Sequence[Role]) -> tuple[View, bool] | str:
     """Matches a use with the roles of the weight's axes.
 
@@ -157,7 +172,7 @@ def fused(view: View, change: jax.Array) -> View:
 def _built(view: View) -> jax.Array:
     """The weight with its adapters, in the dtype sums run in; every axis has a role."""
     view, parts = placed(view), layout(view)
-    weight = view.base.astype(accumulation_dtype(view.base.dtype))
+    weight = packed.dense(view.base).astype(accumulation_dtype(view.base.dtype))
     for factors in (layer.factors for layer in view.layers):
         if factors.in_scale is not None:
             weight = _scaled_inputs(weight, factors.in_scale, view)
@@ -194,7 +209,7 @@ def grouped_axis(view: View, scale: jax.Array) -> int | None:
 def _change(a: jax.Array, b: jax.Array, view: View, dtype: jnp.dtype) -> jax.Array:
     """A B in the layout of the view, every axis of which has a role."""
     stack = list(range(len(view.dims("stack"))))
-    spec = compat.explicit_spec(view.base)
+    spec = compat.explicit_spec(packed.like(view.base))
     order = [*view.dims("stack"), *view.dims("in"), *view.dims("out")]
     change = lax.dot_general(
         a.astype(dtype),
@@ -214,16 +229,17 @@ def _from_method(view: View) -> list[int]:
 
 def placed(view: View) -> View:
     """The view with its factors on the mesh of the weight, split along its axes as it is."""
-    spec = compat.explicit_spec(view.base)
+    where = packed.like(view.base)
+    spec = compat.explicit_spec(where)
 
     def place(array: jax.Array, dims: Dims, _: Dims) -> jax.Array:
         own = None if spec is None else split_as(spec, dims, array, view.base)
-        return compat.place_like(array, own, view.base)
+        return compat.place_like(array, own, where)
 
     return remap(view, view, place)
 
 
-def split_as(spec: PartitionSpec, dims: Dims, array: Any, base: jax.Array) -> PartitionSpec:
+def split_as(spec: PartitionSpec, dims: Dims, array: Any, base: Base) -> PartitionSpec:
     """The spec of an array along these axes of a weight; where it broadcasts it is whole.
 
     So it is along axes of experts, which follow those of the weight.

@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from peftjax.engine import compat, results
+from peftjax.engine import compat, packed, results
 from peftjax.engine.control import CONTROL
-from peftjax.engine.linear import apply, orient, placed
+from peftjax.engine.linear import apply, orient, placed, unpacked
+from peftjax.engine.packed import Base, Packed
 from peftjax.engine.routes import RouteError
 from peftjax.engine.rules import RULES, Rule
 from peftjax.engine.steps import RESHAPING, STEPS, Equation
-from peftjax.engine.trace import Seen, Trace, Used, plain
+from peftjax.engine.trace import Seen, Trace, Used, met, plain
 from peftjax.engine.views import Axes, Result, Role, View, fold_in
 
 
@@ -104,8 +105,13 @@ def _step(eqn: compat.Eqn, operands: list[Any], position: int) -> list[View] | N
         return None
     others = [other.value if isinstance(other, Result) else other for other in others]
 
-    def rerun(array: jax.Array) -> jax.Array:
+    def evaluate(array: jax.Array) -> jax.Array:
         return compat.evaluate_one(eqn, [*others[:position], array, *others[position:]])[0]
+
+    def rerun(base: Base) -> Base:
+        if isinstance(base, Packed):
+            return packed.step(base, eqn.primitive.name, eqn.params, evaluate)
+        return evaluate(base)
 
     made = STEPS[eqn.primitive.name](
         operands[position], Equation(eqn.params, position, tuple(others), rerun)
@@ -129,8 +135,9 @@ def _use(
             if not isinstance(usage, str):
                 for leaf in (operands[position].leaf, *operands[position].joined):
                     trace.note(eqn, _seen(leaf, operands[position].axes, usage, rule, eqn))
-        inputs = [plain(trace, operand, eqn, "") for operand in operands]
-        return [_result(eqn, view, rule, position, inputs, compat.evaluate_one(eqn, inputs)[0])]
+        bases = [x.base if isinstance(x, View) else plain(trace, x, eqn, "") for x in operands]
+        inputs = list(map(packed.dense, bases))
+        return [_result(eqn, view, rule, position, inputs, _evaluated(eqn, bases))]
     oriented = orient(view, usage)
     if isinstance(oriented, str):
         return oriented
@@ -140,24 +147,38 @@ def _use(
         for i, operand in enumerate(operands)
     ]
     out: Any = eqn.outvars[0].aval
-    plan = rule.linear(view, transposed, position, inputs, eqn.params, out)
+
+    def planned(view: View) -> Any:
+        return rule.linear(view, transposed, position, inputs, eqn.params, out)
+
+    plan = planned(view)
     if isinstance(plan, str):
         return plan
-    use, x = plan
+    use, x = unpacked(plan[0], view, planned), plan[1]
     tokens = use.tokens * view.times
     trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, "", tokens))
     try:
         y = apply(use, fold_in(view, trace.number(eqn)).layers, x).astype(out.dtype)
     except RouteError as error:
         raise RouteError(
-            f"{trace.names[view.leaf]} meets {eqn.primitive.name} as {view.base.aval.str_short()}: "
+            f"{trace.names[view.leaf]} meets {eqn.primitive.name} as {met(view)}: "
             f"{error}. Leave the module out, or let every row run by itself with "
             f"adapt(..., batch_axes=)."
         ) from error
     if not view.tapped:
         return [y]
-    inputs[position] = view.base
+    inputs[position] = packed.dense(view.base)
     return [_result(eqn, view, rule, position, inputs, y)]
+
+
+def _evaluated(eqn: compat.Eqn, bases: list[Any]) -> jax.Array:
+    """The result of a use, whose quantised weights are unpacked once more in the backward pass."""
+
+    def evaluate(bases: list[Any]) -> jax.Array:
+        return compat.evaluate_one(eqn, list(map(packed.dense, bases)))[0]
+
+    quantised = any(isinstance(base, Packed) for base in bases)
+    return jax.checkpoint(evaluate)(bases) if quantised else evaluate(bases)
 
 
 def _result(

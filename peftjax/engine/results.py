@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from peftjax.engine.blocks import reshape_blocks
 from peftjax.engine.compat import Eqn
 from peftjax.engine.trace import Biased, Trace
-from peftjax.engine.views import Result, View, reshape_blocks
+from peftjax.engine.views import Result, View
 
 _VIEWS = {
     "broadcast_in_dim",

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from peftjax.engine import compat
+from peftjax.engine.packed import Base, Packed, abstract
 from peftjax.engine.replay import replay
 from peftjax.engine.trace import Trace, plain
 from peftjax.engine.views import Layer, Result, Role, View
 
 
 def mark(
-    array: jax.Array,
+    array: Base,
     leaf: int,
     roles: tuple[Role, ...] | None,
     layers: tuple[Layer, ...] = (),
@@ -32,8 +33,11 @@ def run(
     Returns its result, and the leaves whose use reaches it through views, bias and scalars alone:
     those that are tapped with what they were applied to, its features on the last axis.
     """
-    closed, shape = jax.make_jaxpr(function, return_shape=True)(list(arrays))
+    shapes = [abstract(array) for array in arrays]
+    closed, shape = jax.make_jaxpr(function, return_shape=True)(shapes)
     jaxpr, consts = compat.prune(closed)
+    # A quantised weight is unpacked where it is used, adapted or not.
+    marked = [mark(x, i, None) if isinstance(x, Packed) else x for i, x in enumerate(marked)]
     outs = replay(trace, jaxpr, consts, marked)
     heads = {out.leaf: _x(out) for out in outs if isinstance(out, Result)}
     outs = [plain(trace, out, None, "the function returns the weight") for out in outs]

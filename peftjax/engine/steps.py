@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.engine import views
+from peftjax.engine import packed, views
 from peftjax.engine.views import Dims, View
 
 
@@ -30,7 +30,7 @@ class Equation:
     params: dict[str, Any]
     position: int
     others: tuple[Any, ...]
-    rerun: Callable[[jax.Array], jax.Array]
+    rerun: Callable[[Any], Any]
 
 
 Step = Callable[[View, Equation], View | list[View] | None]
@@ -44,7 +44,7 @@ def _reshape(view: View, equation: Equation) -> View | None:
     base = equation.rerun(view.base)
     if equation.params["dimensions"] is not None:
         permutation = tuple(equation.params["dimensions"])
-        view = views.transpose(view, permutation, lax.transpose(view.base, permutation))
+        view = views.transpose(view, permutation, packed.transposed(view.base, permutation))
     return views.reshape(view, tuple(equation.params["new_sizes"]), base)
 
 

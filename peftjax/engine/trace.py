@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from peftjax.engine.compat import Eqn
 from peftjax.engine.linear import merged
+from peftjax.engine.packed import dense
 from peftjax.engine.views import Kind, Result, Role, View
 
 
@@ -118,25 +121,30 @@ def plain(trace: Trace, value: Any, eqn: Eqn | None, reason: str) -> Any:
     if not isinstance(value, View):
         return value
     if value.roles is None:
-        return value.base
+        return dense(value.base)
     primitive = eqn.primitive.name if eqn else "return"
     trace.note(eqn, Used(value.leaf, primitive, False, reason))
-    met = f"{trace.names[value.leaf]} meets {primitive} as {value.base.aval.str_short()}: {reason}."
+    where = f"{trace.names[value.leaf]} meets {primitive} as {met(value)}: {reason}."
     if trace.strict:
         raise FallbackError(
-            f"{met} Only the merged weight can go on from here, and on_fallback='error' forbids "
+            f"{where} Only the merged weight can go on from here, and on_fallback='error' forbids "
             f"building it; on_fallback='materialize' allows it."
         )
     if value.drops:
         raise FallbackError(
-            f"{met} Only the merged weight can go on from here, but dropout acts on the input of a "
-            f"weight and cannot be merged: set the dropout to 0, exclude this module, or call the "
-            f"adapter without a key."
+            f"{where} Only the merged weight can go on from here, but dropout acts on the input of "
+            f"a weight and cannot be merged: set the dropout to 0, exclude this module, or call "
+            f"the adapter without a key."
         )
     if value.routed:
         raise FallbackError(
-            f"{met} Only one merged weight can go on from here, but rows or tokens have weights of "
-            f"their own: exclude this module, or let every row run by itself with "
+            f"{where} Only one merged weight can go on from here, but rows or tokens have weights "
+            f"of their own: exclude this module, or let every row run by itself with "
             f"adapt(..., batch_axes=)."
         )
     return merged(value)
+
+
+def met(view: View) -> str:
+    """What a weight is where it is used, for a message."""
+    return f"{jnp.dtype(view.base.dtype).name}[{','.join(map(str, view.base.shape))}]"

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.engine import compat
+from peftjax.engine import compat, packed
+from peftjax.engine.blocks import reshape_blocks
+from peftjax.engine.packed import Base
 from peftjax.engine.routes import Route
 from peftjax.factors import Factors
 
@@ -53,7 +55,7 @@ class View:
     """A marked weight in its current layout.
 
     Attributes:
-      base: the frozen weight as the unadapted model has it here.
+      base: the frozen weight as the unadapted model has it here; perhaps quantised.
       layers: the adapters, first applied first. Their factors' axes follow the order of the
         current axes: ``A (*stack, *in, rank)``, ``B (*stack, rank, *out)``, scales likewise; an
         axis of experts may follow.
@@ -67,7 +69,7 @@ class View:
       tapped: whether the x of its uses is wanted too.
     """
 
-    base: jax.Array
+    base: Base
     layers: tuple[Layer, ...] = ()
     leaf: int = dataclasses.field(default=0, metadata={"static": True})
     axes: Axes = dataclasses.field(default=(), metadata={"static": True})
@@ -183,7 +185,7 @@ def remap(view: View, after: View, change: Callable[[jax.Array, Dims, Dims], jax
     return dataclasses.replace(after, layers=tuple(map(step, view.layers)))
 
 
-def transpose(view: View, permutation: tuple[int, ...], base: jax.Array) -> View:
+def transpose(view: View, permutation: tuple[int, ...], base: Base) -> View:
     """The view with its axes permuted, as the base already is."""
 
     def change(array: jax.Array, before: Dims, target: Dims) -> jax.Array:
@@ -194,7 +196,7 @@ def transpose(view: View, permutation: tuple[int, ...], base: jax.Array) -> View
     return remap(view, dataclasses.replace(view, base=base, axes=axes), change)
 
 
-def reshape(view: View, shape: tuple[int, ...], base: jax.Array) -> View | None:
+def reshape(view: View, shape: tuple[int, ...], base: Base) -> View | None:
     """The view reshaped, as the base already is; None where axes of different roles would mix."""
     blocks = reshape_blocks(view.base.shape, shape)
     if blocks is None:
@@ -218,30 +220,6 @@ def reshape(view: View, shape: tuple[int, ...], base: jax.Array) -> View | None:
     return remap(view, dataclasses.replace(view, base=base, axes=tuple(axes)), change)
 
 
-def reshape_blocks(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[range, range]] | None:
-    """The finest pairing of old axes with new axes of equal product; None for empty arrays."""
-    if 0 in old:
-        return None
-    blocks = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        start_i, start_j = i, j
-        if i < len(old) and old[i] == 1 and (j == len(new) or new[j] != 1):
-            i += 1
-        elif j < len(new) and new[j] == 1 and (i == len(old) or old[i] != 1):
-            j += 1
-        else:
-            left, right = old[i], new[j]
-            i, j = i + 1, j + 1
-            while left != right:
-                if left < right:
-                    left, i = left * old[i], i + 1
-                else:
-                    right, j = right * new[j], j + 1
-        blocks.append((range(start_i, i), range(start_j, j)))
-    return blocks
-
-
 def cut(view: View, change: Callable[[jax.Array, Dims], jax.Array]) -> View:
     """The view with some axes sliced or reversed in every array.
 
@@ -256,7 +234,7 @@ def cut(view: View, change: Callable[[jax.Array, Dims], jax.Array]) -> View:
             tuple(d if d is not None and size == view.base.shape[d] else None for d, size in sizes),
         )
 
-    base = change(view.base, tuple(range(view.base.ndim)))
+    base = packed.cut(view.base, change)
     return remap(view, dataclasses.replace(view, base=base), whole)
 
 
@@ -290,7 +268,7 @@ def scale(view: View, factor: jax.typing.ArrayLike, divide: bool = False) -> Vie
         )
         for layer in view.layers
     )
-    return dataclasses.replace(view, base=scaled(view.base), layers=layers)
+    return dataclasses.replace(view, base=packed.multiplied(view.base, scaled), layers=layers)
 
 
 def fold_in(view: View, data: jax.Array | int) -> View:

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from peftjax.engine.packed import dense
 from peftjax.interop.modules import leaf_tensors
 from peftjax.interop.names import ModuleNames
 from peftjax.sites import Sites
@@ -47,6 +48,6 @@ def base_state_dict(
     for tensor in leaf_tensors(sites.leaves, sites.sites, names):
         if tensor.key in tensors:
             raise ValueError(f"two arrays have the torch name {tensor.key!r}: change names=")
-        laid = tensor.there(np.asarray(arrays[tensor.leaf.path]))
+        laid = tensor.there(np.asarray(dense(arrays[tensor.leaf.path])))
         tensors[tensor.key] = np.array(laid, order="C")  # even a scalar, unlike ascontiguousarray
     return tensors

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.engine.linear import Linear, along
+from peftjax.engine.packed import dense
 from peftjax.engine.routes import Route, gated
 from peftjax.engine.views import Role, View, layout
 
@@ -49,7 +50,7 @@ def linear(
             return "its in-scale differs between the taps of the kernel"
 
     def base(x: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(x, view.base, **params)
+        return lax.conv_general_dilated(x, dense(view.base), **params)
 
     def product(
         x: jax.Array, first: jax.Array, second: jax.Array, route: Route | None

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from peftjax.engine import compat
 from peftjax.engine.linear import Linear, along
+from peftjax.engine.packed import dense
 from peftjax.engine.routes import Route, gated
 from peftjax.engine.views import Role, View, layout
 from peftjax.factors import accumulation_dtype
@@ -51,7 +52,7 @@ def linear(
     def base(x: jax.Array) -> jax.Array:
         numbers = ((contract_x, contract_w), (batch_x, batch_w))
         options = {key: value for key, value in params.items() if key != "dimension_numbers"}
-        return multiply(x, view.base, numbers, **options)
+        return multiply(x, dense(view.base), numbers, **options)
 
     def product(
         x: jax.Array, first: jax.Array, second: jax.Array, route: Route | None

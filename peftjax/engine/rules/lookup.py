@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from peftjax.engine.linear import Linear, along
+from peftjax.engine.packed import dense
 from peftjax.engine.routes import Route, gated
 from peftjax.engine.views import Dims, Role, View, layout
 from peftjax.factors import accumulation_dtype
@@ -97,7 +98,7 @@ def linear(
         return jnp.transpose(y, order)
 
     def base(x: _Picked) -> jax.Array:
-        y = lax.gather(view.base, x.indices, **params)
+        y = lax.gather(dense(view.base), x.indices, **params)
         return y if x.scale is None else y * along(x.scale, tuple(index_place), y)
 
     def product(x: _Picked, first: jax.Array, second: jax.Array, route: Route | None) -> jax.Array:

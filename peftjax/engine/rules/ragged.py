@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from peftjax.engine.linear import Linear, along
+from peftjax.engine.packed import dense
 from peftjax.engine.routes import Route, RouteError
 from peftjax.engine.views import Role, View, layout
 
@@ -57,7 +58,7 @@ def linear(
         )
 
     def base(x: jax.Array) -> jax.Array:
-        return lax.ragged_dot_general(x, view.base, group_sizes, **params)
+        return lax.ragged_dot_general(x, dense(view.base), group_sizes, **params)
 
     def product(
         x: jax.Array, first: jax.Array, second: jax.Array, route: Route | None
