@@ -10,7 +10,7 @@ from rich.table import Table
 
 from peftjax.adapter import Adapter
 from peftjax.methods import XLoraConfig
-from peftjax.trees import leaf_paths
+from peftjax.trees import leaf_bytes, leaf_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +91,7 @@ def summary(adapter: Adapter, params: Any) -> Summary:
     return Summary(
         trainable=trainable,
         total=sum(x.size for x in base) + trainable + frozen - replaced,
-        adapter_bytes=_bytes([*arrays, *jax.tree.leaves(adapter.buffers)]),
-        model_bytes=_bytes(base),
+        adapter_bytes=leaf_bytes([*arrays, *jax.tree.leaves(adapter.buffers)]),
+        model_bytes=leaf_bytes(base),
         modules=modules,
     )
-
-
-def _bytes(arrays: list[Any]) -> int:
-    return sum(x.size * x.dtype.itemsize for x in arrays)

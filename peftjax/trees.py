@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
@@ -61,6 +62,18 @@ def is_array(leaf: Any) -> bool:
 def leaves_of(tree: Any) -> list[Any]:
     """The leaves of a tree, each quantised weight as one."""
     return [as_packed(leaf) for leaf in jax.tree.leaves(tree, is_leaf=is_quantised)]
+
+
+def leaf_bytes(tree: Any) -> int:
+    """Bytes of the arrays of a tree; of four bits, two share a byte."""
+    return sum(_bits(x.dtype) * x.size for x in jax.tree.leaves(tree) if is_array(x)) // 8
+
+
+def _bits(dtype: Any) -> int:
+    try:
+        return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
+    except ValueError:
+        return 8 * dtype.itemsize
 
 
 def is_quantised(node: Any) -> bool:

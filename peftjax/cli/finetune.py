@@ -51,6 +51,7 @@ class Trained:
       history: how training went.
       ranks: the rank of each module, where they were allocated.
       budget: the number of triplets allowed after each step, likewise.
+      argument_bytes: bytes of all arguments of the compiled step.
     """
 
     adapter: Adapter
@@ -59,6 +60,7 @@ class Trained:
     history: History
     ranks: dict[str, int] = dataclasses.field(default_factory=dict)
     budget: list[int] = dataclasses.field(default_factory=list)
+    argument_bytes: int = 0
 
     @property
     def parameters(self) -> int:
@@ -127,6 +129,11 @@ def compile_step(
         adapter.params, state, params, batch.inputs, batch.labels
     )
     return cast(Step, lowered.compile())
+
+
+def argument_bytes(step: Step) -> int:
+    """Bytes of all arguments of a compiled step."""
+    return int(cast(Any, step).memory_analysis().argument_size_in_bytes)
 
 
 def train(

@@ -255,6 +255,7 @@ def _train_gate(
                 (options.steps, accuracy[GATED]),
             ],
         ),
+        argument_bytes=finetune.argument_bytes(step),
         mixture=mixture,
         log=_log(task, topics, scalings),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,6 +14,7 @@ from peftjax.cli.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+BaseDtype = Literal["float32", "int8", "int4", "nf4"]
 Method = Literal["lora", "dora", "loha", "hra", "ia3", "adalora", "xlora"]
 
 EXTRA = 'python -m pip install -e ".[quickstart]"'
@@ -93,6 +95,7 @@ class Quickstart:
       peftjax quickstart
       peftjax quickstart --method loha
       peftjax quickstart --method xlora --experts 3
+      peftjax quickstart --method dora --base-dtype nf4
       peftjax quickstart --steps 600 --rank 16 --json result.json
       peftjax quickstart --data reviews.csv --text-column review --label-column stars
       peftjax quickstart --model path/to/bert --output out
@@ -100,6 +103,9 @@ class Quickstart:
 
     method: Method = "lora"
     """Adapter method."""
+
+    base_dtype: BaseDtype = "float32"
+    """What the frozen linear weights are kept as; other than float32 takes the extra quant."""
 
     rank: Annotated[int | None, by_method("INT", "rank")] = None
     """Rank of the adapter: more is stronger and larger."""
@@ -152,7 +158,7 @@ class Quickstart:
     def run(self, console: "Console") -> None:
         """Checks the flags, then does the job."""
         check(self)
-        check_extras()
+        check_extras(self)
         from peftjax.cli.quickstart import run
 
         run(self, console)
@@ -239,8 +245,11 @@ MODULES: dict[str, dict[str, str]] = {
 }
 
 
-def check_extras() -> None:
+def check_extras(options: Quickstart) -> None:
     """Raises ``UsageError`` with the command to run where an optional package is missing."""
+    if options.base_dtype != "float32" and importlib.util.find_spec("qwix") is None:
+        command = EXTRA.replace("quickstart", "quickstart,quant")
+        raise UsageError(f"--base-dtype {options.base_dtype} needs qwix: {command}")
     for package in ("transformers", "matplotlib"):
         try:
             version = importlib.metadata.version(package)

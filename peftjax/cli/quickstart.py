@@ -225,7 +225,8 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
     # At step 0 the adapter changes nothing, as was just seen, so the probe's accuracy is the start.
     start = (0, encoder.accuracy(task.probe_logits, task.held_out.labels))
     history.held_out[:] = [start, *history.held_out, (options.steps, accuracy)]
-    return Trained(adapter, predict, logits, history, ranks, budget)
+    reads = finetune.argument_bytes(step)
+    return Trained(adapter, predict, logits, history, ranks, budget, reads)
 
 
 def verify(options: Quickstart, task: Task, trained: Trained, display: Display) -> None:
@@ -251,7 +252,9 @@ def verify(options: Quickstart, task: Task, trained: Trained, display: Display) 
         display.note("no merged weight: the mix depends on the token")
         return
     with display.phase("merge", "Merging the adapter into the model"):
-        params = peftjax.merge(task.params, trained.adapter)
+        params = peftjax.merge(
+            task.params, trained.adapter, dequantize=options.base_dtype != "float32"
+        )
         plain = jax.jit(task.encoder.classify)
         merged = encoder.predict(lambda ids, mask: plain(params, ids, mask), texts)
         difference = finetune.agree("the merged model", merged, expected)

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from rich.table import Table
 
@@ -18,6 +17,7 @@ from peftjax.cli.finetune import Trained
 from peftjax.cli.mixture import Mixed, Mixture
 from peftjax.cli.options import Quickstart
 from peftjax.cli.task import Task
+from peftjax.trees import leaf_bytes, leaves_of
 
 GOAL_POINTS = 4.0
 
@@ -37,6 +37,8 @@ class Result:
       total_parameters: those and all frozen ones.
       adapter_bytes: bytes of the adapter's arrays.
       model_bytes: bytes of the frozen arrays.
+      argument_bytes: bytes of all arguments of the compiled training step: those, the adapter, the
+        optimizer's state and a batch.
       seconds: time of the whole run but the download.
       phase_seconds: time by phase.
       train_texts: how many texts were trained on.
@@ -57,6 +59,7 @@ class Result:
     total_parameters: int
     adapter_bytes: int
     model_bytes: int
+    argument_bytes: int
     seconds: float
     phase_seconds: dict[str, float]
     train_texts: int
@@ -94,7 +97,7 @@ def conclude(
     # Both were asked the same texts, so the error of the difference is that of paired answers.
     gains = right - probe_right
     trainable = trained.parameters
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(task.params))
+    frozen = sum(leaf.size for leaf in leaves_of(task.params))
     return Result(
         probe_accuracy=float(np.mean(probe_right)),
         accuracy=float(np.mean(right)),
@@ -102,8 +105,9 @@ def conclude(
         gain_error=100 * float(np.std(gains)) / math.sqrt(len(gains)),
         trainable_parameters=trainable,
         total_parameters=frozen + trainable,
-        adapter_bytes=_bytes((trained.adapter.params, trained.adapter.buffers)),
-        model_bytes=_bytes(task.params),
+        adapter_bytes=leaf_bytes((trained.adapter.params, trained.adapter.buffers)),
+        model_bytes=leaf_bytes(task.params),
+        argument_bytes=trained.argument_bytes,
         seconds=seconds - phase_seconds.get("download", 0.0),
         phase_seconds=dict(phase_seconds),
         train_texts=len(task.train),
@@ -115,11 +119,6 @@ def conclude(
         settings=options.settings(),
         versions=_versions(),
     )
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _versions() -> dict[str, str]:
@@ -150,6 +149,7 @@ def tables(result: Result) -> Table:
             "of all parameters": f"{share:.2%} of {result.total_parameters:,}",
             "adapter": size(result.adapter_bytes),
             "model": size(result.model_bytes),
+            "all a training step reads": size(result.argument_bytes),
         },
     )
     times = report.facts(

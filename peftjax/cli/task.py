@@ -2,16 +2,19 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+import peftjax
 from peftjax.cli import assets, encoder, probe, sentiment
 from peftjax.cli.display import Display
 from peftjax.cli.encoder import Encoder, Params
 from peftjax.cli.errors import UsageError
 from peftjax.cli.options import MODULES, Quickstart, check_model
 from peftjax.cli.sentiment import Corpus, Tokens
+from peftjax.trees import leaf_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +67,14 @@ def prepare(options: Quickstart, display: Display) -> Task:
             raise UsageError(f"--tokens {options.tokens}: this model takes {model.longest} at most")
         train_tokens = sentiment.tokenise(model.tokenizer, train, options.tokens)
         held_tokens = sentiment.tokenise(model.tokenizer, held_out, options.tokens)
-    title = assets.MINILM.title if options.model is None else directory.resolve().name
     parameters = sum(leaf.size for leaf in jax.tree.leaves(frozen))
+    title = assets.MINILM.title if options.model is None else directory.resolve().name
     display.done("model", f"{title}, {parameters:,} parameters, all frozen")
+    if options.base_dtype != "float32":
+        with display.phase("quantize", f"Quantising the linear weights to {options.base_dtype}"):
+            before, frozen = frozen, _quantized(model, frozen, train_tokens[:2], options.base_dtype)
+        sizes = " to ".join(f"{leaf_bytes(tree) / 1e6:.1f} MB" for tree in (before, frozen))
+        display.done("quantize", f"linear weights as {options.base_dtype}: from {sizes}")
 
     train_features, held_features = _features(model, frozen, train_tokens, held_tokens, display)
     with display.phase("probe", "Fitting a linear classifier on the frozen features"):
@@ -87,6 +95,12 @@ def prepare(options: Quickstart, display: Display) -> Task:
         labels=corpus.names,
         probe_logits=logits,
     )
+
+
+def _quantized(model: Encoder, frozen: Params, few: Tokens, qtype: Any) -> Params:
+    """The frozen params with their linear weights quantised."""
+    sites = peftjax.find_sites(model.pooled, frozen, few.ids, few.mask)
+    return peftjax.quantize_base(frozen, sites, qtype)
 
 
 def _texts(options: Quickstart, display: Display) -> Corpus:
@@ -112,7 +126,9 @@ def _features(
     model: Encoder, frozen: Params, train: Tokens, held_out: Tokens, display: Display
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pooled states of the frozen model for all texts."""
-    pooled = jax.jit(model.pooled)
+    # Quantised or not, without an adapter this is the model.
+    adapted = peftjax.adapt(model.pooled)
+    pooled = jax.jit(lambda params, ids, mask: adapted(params, None, ids, mask))
     total = len(train) + len(held_out)
 
     def extract(data: Tokens, before: int) -> np.ndarray:
