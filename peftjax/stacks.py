@@ -15,6 +15,9 @@ from peftjax.engine.packed import Base, Packed, dense, spread_along, taken
 from peftjax.factors import Arrays, Weight, WeightSpec
 from peftjax.sites import Site
 
+# What a method makes of an unpacked weight is small and kept; the weight is not.
+_UNPACKED_AGAIN = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+
 
 def over_stack(function: Callable[..., Any], site: Site) -> Callable[..., Any]:
     """The function of one weight as a function of all of a site's, mapped over the stack axes.
@@ -26,7 +29,7 @@ def over_stack(function: Callable[..., Any], site: Site) -> Callable[..., Any]:
     def mapped(depth: int, *args: Any) -> Any:
         quantised = any(isinstance(arg, Weight) and isinstance(arg.base, Packed) for arg in args)
         if depth == len(site.stack_axes):
-            return jax.checkpoint(unpacked)(*args) if quantised else function(*args)
+            return _UNPACKED_AGAIN(unpacked)(*args) if quantised else function(*args)
         # The axes before this one are mapped over already, and so are gone.
         own = site.stack_axes[depth] - depth
         axes = tuple(_mapped_axes(arg, own) for arg in args)

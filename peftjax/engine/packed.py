@@ -177,7 +177,7 @@ def taken(base: Base, index: Any, axis: int) -> Base:
     return spread.each(lambda array: jnp.take(array, index, axis=axis))
 
 
-def transposed(base: Base, permutation: Sequence[int]) -> Base:
+def transposed(base: Any, permutation: Sequence[int]) -> Any:
     """The weight with its axes permuted."""
     if isinstance(base, Packed):
         return base.each(lambda array: lax.transpose(array, permutation))
@@ -225,6 +225,8 @@ def step(base: Packed, name: str, params: dict[str, Any], rerun: Callable[[Array
         case "squeeze" | "reshape" | "broadcast_in_dim":
             codes = rerun(base.codes)
             if codes.size == base.size:
+                if params.get("dimensions") and name == "reshape":
+                    base = transposed(base, params["dimensions"])
                 after = _reshape(base, tuple(codes.shape))
                 return dataclasses.replace(after, codes=codes)
         case "convert_element_type":
