@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import peftjax
 from peftjax.adapter import Adapter
 from peftjax.cli.display import Display
 from peftjax.cli.encoder import Params
@@ -18,7 +19,7 @@ from peftjax.cli.errors import CommandError
 from peftjax.cli.sentiment import Tokens
 
 Adapted = Callable[..., jax.Array]
-Step = Callable[..., tuple[Any, optax.OptState, jax.Array, jax.Array]]
+Step = Callable[..., tuple[peftjax.TrainState, dict[str, jax.Array]]]
 
 LOGIT_TOLERANCE = 1e-4  # of the largest logit: the same float32 sums in another order
 
@@ -87,48 +88,32 @@ def compile_step(
     adapter: Adapter,
     batch: Tokens,
     penalty: Callable[[Adapter], jax.Array] | None = None,
-) -> Step:
+) -> tuple[Step, peftjax.TrainState]:
     """Compiles the training step ahead of time, so that no step has to wait for it.
 
     Args:
       adapted: ``adapted(params, adapter, *inputs)`` gives logits.
       transformation: the optimizer.
-      params: the frozen params, an argument of the step and never a constant in it.
-      adapter: everything about the adapter but its params, which the step takes and gives.
+      params: the frozen params.
+      adapter: where to start; its arrays are donated and must be nobody else's.
       batch: a batch of the size to come.
       penalty: what to add to the loss, and to leave out where the loss is shown.
 
     Returns:
-      ``step(trainable, state, params, inputs, labels) -> (trainable, state, loss, accuracy)``; the
-      first two arguments are donated.
+      ``step(state, params, (inputs, labels)) -> (state, metrics)`` and the first state.
     """
 
-    def objective(
-        trainable: Any, params: Params, inputs: tuple[jax.Array, ...], labels: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        current = adapter.replace(params=trainable)
-        logits = adapted(params, current, *inputs)
+    def loss_fn(params: Params, adapter: Adapter, batch: Any) -> tuple[jax.Array, Any]:
+        inputs, labels = batch
+        logits = adapted(params, adapter, *inputs)
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-        total = loss if penalty is None else loss + penalty(current)
-        return total, (loss, jnp.mean(jnp.argmax(logits, axis=-1) == labels))
+        total = loss if penalty is None else loss + penalty(adapter)
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+        return total, {"cross_entropy": loss, "accuracy": accuracy}
 
-    def step(
-        trainable: Any,
-        state: optax.OptState,
-        params: Params,
-        inputs: tuple[jax.Array, ...],
-        labels: jax.Array,
-    ) -> tuple[Any, optax.OptState, jax.Array, jax.Array]:
-        measure = jax.value_and_grad(objective, has_aux=True)
-        (_, (loss, accuracy)), grads = measure(trainable, params, inputs, labels)
-        updates, state = transformation.update(grads, state, trainable)
-        return optax.apply_updates(trainable, updates), state, loss, accuracy
-
-    state = jax.eval_shape(transformation.init, adapter.params)
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(
-        adapter.params, state, params, batch.inputs, batch.labels
-    )
-    return cast(Step, lowered.compile())
+    state = peftjax.init_train_state(adapter, transformation)
+    step: Any = peftjax.make_train_step(loss_fn, transformation)
+    return step.lower(state, params, (batch.inputs, batch.labels)).compile(), state
 
 
 def argument_bytes(step: Step) -> int:
@@ -139,8 +124,7 @@ def argument_bytes(step: Step) -> int:
 def train(
     step: Step,
     params: Params,
-    adapter: Adapter,
-    state: optax.OptState,
+    state: peftjax.TrainState,
     data: Iterable[Tokens],
     *,
     steps: int,
@@ -149,14 +133,13 @@ def train(
     measure_at: Sequence[int] = (),
     measure: Callable[[Adapter], float] | None = None,
     on_step: Callable[[optax.OptState], None] | None = None,
-) -> tuple[Adapter, optax.OptState, History]:
+) -> tuple[peftjax.TrainState, History]:
     """Runs the training step over all batches, and shows how it goes.
 
     Args:
       step: what ``compile_step`` gave.
       params: the frozen params.
-      adapter: where to start; its params are donated and must be nobody else's.
-      state: the optimizer's state.
+      state: where to start; it is donated.
       data: the batches.
       steps: their number.
       display: where progress is shown.
@@ -166,38 +149,35 @@ def train(
       on_step: told the optimizer's state after each step.
 
     Returns:
-      The trained adapter, the optimizer's last state and the history.
+      The last state and the history.
 
     Raises:
       CommandError: the loss is no longer finite.
     """
     history = History()
-    trainable = adapter.params
     texts = 0
     with display.bar(f"Training: {phase}", steps, every=max(1, steps // 6)) as advance:
         for batch in data:
             start = time.perf_counter()
-            trainable, state, loss, accuracy = step(
-                trainable, state, params, batch.inputs, batch.labels
-            )
-            history.loss.append(float(loss))
+            state, metrics = step(state, params, (batch.inputs, batch.labels))
+            history.loss.append(float(metrics["cross_entropy"]))
             if not math.isfinite(history.loss[-1]):
                 raise CommandError(
                     f"the loss is {history.loss[-1]} at step {len(history.loss)}; "
                     "try a smaller --learning-rate"
                 )
-            history.accuracy.append(float(accuracy))
+            history.accuracy.append(float(metrics["accuracy"]))
             history.seconds.append(time.perf_counter() - start)
             done, texts = len(history.loss), len(batch)
             advance(done, _progress(history))
             if on_step is not None:
-                on_step(state)
+                on_step(state.opt_state)
             if measure is not None and done in measure_at:
-                history.held_out.append((done, measure(adapter.replace(params=trainable))))
+                history.held_out.append((done, measure(state.adapter)))
     display.seconds[phase] = sum(history.seconds)
     pace = f"{1000 * float(np.median(history.seconds)):.0f} ms each"
     display.done(phase, f"{steps} steps of {texts} texts, {pace}")
-    return adapter.replace(params=trainable), state, history
+    return state, history
 
 
 def _progress(history: History) -> str:

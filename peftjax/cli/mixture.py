@@ -151,16 +151,16 @@ def _train_experts(
     where = f"{len(bank.adapter.sites)} modules ({targets})"
     display.done("adapter", f"{len(bank)} experts, lora of rank {recipe.rank}, on {where}")
 
-    adapter, _, history = finetune.train(
+    state, history = finetune.train(
         step,
         task.params,
-        bank.adapter,
         state,
         sentiment.batches(train, options.batch_size, steps, options.seed),
         steps=steps,
         display=display,
         phase="experts",
     )
+    adapter = state.adapter
     bank = dataclasses.replace(bank, adapter=adapter)
 
     with display.phase("evaluate", "Measuring every expert on all held-out texts"):
@@ -221,16 +221,16 @@ def _train_gate(
             task.train,
             options.batch_size,
         )
-    adapter, _, later = finetune.train(
+    state, later = finetune.train(
         step,
         task.params,
-        adapter,
         state,
         sentiment.batches(task.train, options.batch_size, steps, options.seed + 1),
         steps=steps,
         display=display,
         phase="gate",
     )
+    adapter = state.adapter
     with display.phase("evaluate", "Measuring the gated mix on held-out texts"):
         logits[GATED], scalings = answer(adapter, task.held_out)
     logits[PROBE] = task.probe_logits
@@ -273,11 +273,10 @@ def _compiled(
     adapter: Adapter,
     texts: Tokens,
     size: int,
-) -> tuple[finetune.Step, optax.OptState]:
-    """The training step for batches of that size, and the optimizer's first state."""
+) -> tuple[finetune.Step, peftjax.TrainState]:
+    """The training step for batches of that size, and its first state."""
     example = texts[np.arange(size) % len(texts)]
-    step = finetune.compile_step(adapted, transformation, task.params, adapter, example)
-    return step, transformation.init(adapter.params)
+    return finetune.compile_step(adapted, transformation, task.params, adapter, example)
 
 
 def _conclude(

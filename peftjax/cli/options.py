@@ -104,9 +104,6 @@ class Quickstart:
     method: Method = "lora"
     """Adapter method."""
 
-    base_dtype: BaseDtype = "float32"
-    """What the frozen linear weights are kept as; other than float32 takes the extra quant."""
-
     rank: Annotated[int | None, by_method("INT", "rank")] = None
     """Rank of the adapter: more is stronger and larger."""
 
@@ -115,6 +112,9 @@ class Quickstart:
 
     experts: Annotated[int | None, by_method("INT", "experts")] = None
     """Topics that the texts are cut into, each with an expert of its own."""
+
+    base_dtype: BaseDtype = "float32"
+    """What the frozen linear weights are kept as; other than float32 takes the extra quant."""
 
     steps: int = 350
     """Training steps; of xlora those of all experts and the gate together."""

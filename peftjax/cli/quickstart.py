@@ -168,15 +168,10 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
         allocates = options.method == "adalora"
         if allocates:
             transformation = peftjax.rank_allocator(transformation, adapter)
-        state = transformation.init(adapter.params)
         example = task.train[np.arange(options.batch_size) % len(task.train)]
-        step = finetune.compile_step(
-            adapted,
-            transformation,
-            task.params,
-            adapter,
-            example,
-            peftjax.orthogonality if allocates else None,
+        penalty = peftjax.orthogonality if allocates else None
+        step, state = finetune.compile_step(
+            adapted, transformation, task.params, adapter, example, penalty
         )
     targets = ", ".join(task.modules[part] for part in options.recipe.parts)
     where = f"{len(adapter.params) - 1} modules ({targets}) and the classifier"
@@ -193,10 +188,9 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
             budget.append(int(state.budget))
 
     every = max(50, -(-options.steps // 3))
-    adapter, state, history = finetune.train(
+    state, history = finetune.train(
         step,
         task.params,
-        adapter,
         state,
         sentiment.batches(task.train, options.batch_size, options.steps, options.seed),
         steps=options.steps,
@@ -206,12 +200,13 @@ def fine_tune(options: Quickstart, task: Task, display: Display) -> Trained:
         on_step=on_step,
     )
 
+    adapter = state.adapter
     ranks: dict[str, Any] = {}
     if allocates:
         with display.phase("prune", "Dropping the triplets outside the budget"):
-            ranks = peftjax.ranks(adapter, state)
+            ranks = peftjax.ranks(adapter, state.opt_state)
             whole = predict(adapter, task.held_out[: encoder.PREDICTION_BATCH])
-            adapter = peftjax.prune(adapter, state)
+            adapter = peftjax.prune(adapter, state.opt_state)
             finetune.agree(
                 "the pruned adapter", predict(adapter, task.held_out[: len(whole)]), whole
             )

@@ -136,8 +136,10 @@ def tables(result: Result) -> Table:
     """The numbers of a run and, beside them, where the time went."""
     settings = result.settings
     share = result.trainable_parameters / result.total_parameters
+    dtype = settings["base_dtype"]
+    base = "" if dtype == "float32" else f", {dtype} base"
     outcome = report.facts(
-        f"{named(settings['method'], settings['rank'])}, {settings['steps']} steps",
+        f"{named(settings['method'], settings['rank'])}, {settings['steps']} steps{base}",
         {
             "probe on frozen features": f"{result.probe_accuracy:.1%}",
             "with the adapter": f"[bold]{result.accuracy:.1%}[/]",
@@ -216,10 +218,11 @@ def verdict(result: Result) -> str:
         return f"{over}, {own.best_expert}; {words}."
     if result.gain_points >= GOAL_POINTS:
         return f"{words}: the goal of {GOAL_POINTS:.0f} or more is reached."
-    # A short run, another task or another method promises nothing.
+    # A short run, another task, method or base promises nothing.
     usual = Quickstart()
     settings = result.settings
     other = settings["data"] or settings["model"] or settings["method"] != usual.method
+    other = other or settings["base_dtype"] != usual.base_dtype
     if settings["steps"] < usual.steps or other:
         return f"{words}."
     return f"{words}: the goal of {GOAL_POINTS:.0f} or more is missed."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import io
 import json
 import shutil
@@ -171,6 +172,15 @@ def test_missing_extras_are_one_line(
     shown = capsys.readouterr().err
     assert message in shown
     assert len(shown.strip().splitlines()) == 1
+
+
+def test_a_quantised_base_needs_its_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["quickstart", "--base-dtype", "nf4"]) == 2
+    shown = capsys.readouterr().err
+    assert '--base-dtype nf4 needs qwix: python -m pip install -e ".[quickstart,quant]"' in shown
 
 
 def test_interruption_ends_cleanly(
@@ -407,7 +417,8 @@ def test_a_whole_run_of_every_method(
     """The run itself checks that it starts as the probe, and what is restored and merged."""
     file = tmp_path / "result.json"
     paths = f"--model {tiny_bert} --data {reviews} --output {tmp_path / 'out'} --json {file}"
-    flags = f"--method {method} {paths} --steps 4 --tokens 8"
+    base = {"dora": "nf4", "hra": "int8", "ia3": "int4"}.get(method, "float32")
+    flags = f"--method {method} --base-dtype {base} {paths} --steps 4 --tokens 8"
     code = main(["quickstart", *flags.split()])
     shown = capsys.readouterr()
     assert code == 0, shown.err
@@ -415,7 +426,7 @@ def test_a_whole_run_of_every_method(
     recipe = options.RECIPES[method]
     title = method if recipe.rank is None else f"{method}, rank {recipe.rank}"
     assert f"{title}, on " in shown.out
-    assert f"{title}, 4 steps" in shown.out
+    assert f"{title}, 4 steps{'' if base == 'float32' else f', {base} base'}" in shown.out
     assert "None" not in shown.out
     found = json.loads(file.read_text())
     assert found["settings"]["learning_rate"] == recipe.learning_rate
@@ -436,6 +447,13 @@ def test_a_whole_run_of_every_method(
     pictures = {"curves.png", *(["ranks.png"] if method == "adalora" else [])}
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == pictures
     assert len(found["ranks"]) == (6 if method == "adalora" else 0)
+    # Six weights in each of two layers are quantised; their bytes are no longer among arguments.
+    whole = 4 * (found["total_parameters"] - found["trainable_parameters"])
+    weights, outputs = 2 * (4 * 16 * 16 + 2 * 16 * 32), 2 * (4 * 16 + 32 + 16)
+    saved = {"int8": 3 * weights, "int4": 7 * weights // 2, "nf4": 7 * weights // 2}
+    smaller = saved[base] - 4 * outputs if base in saved else 0
+    assert found["model_bytes"] == whole - smaller
+    assert whole - smaller < found["argument_bytes"] < whole - smaller + 40_000
 
 
 @pytest.mark.usefixtures("as_jax_comes")
@@ -545,6 +563,7 @@ def outcome(accuracy: float, **settings: object) -> Any:
         total_parameters=22_800_000,
         adapter_bytes=300_000,
         model_bytes=90_900_000,
+        argument_bytes=91_900_000,
         seconds=120.0,
         phase_seconds={"download": 3.0, "train": 60.0},
         train_texts=4000,
@@ -566,6 +585,7 @@ def outcome(accuracy: float, **settings: object) -> Any:
         (0.82, {"steps": 20}, "+2.0 points over the probe."),
         (0.79, {"data": "mine.csv"}, "-1.0 points over the probe."),
         (0.82, {"method": "ia3"}, "+2.0 points over the probe."),
+        (0.82, {"base_dtype": "nf4"}, "+2.0 points over the probe."),
     ],
 )
 def test_verdict(accuracy: float, settings: dict[str, Any], words: str) -> None:
@@ -576,7 +596,16 @@ def test_tables_fit_an_ordinary_terminal() -> None:
     console = Console(file=io.StringIO(), width=80)
     console.print(result.tables(outcome(0.85)))
     shown = typing.cast(io.StringIO, console.file).getvalue()
-    for words in ("80.0%", "85.0%", "+5.0 ± 0.6 points", "75,000", "0.33%", "300.0 kB", "90.9 MB"):
+    for words in (
+        "80.0%",
+        "85.0%",
+        "+5.0 ± 0.6 points",
+        "75,000",
+        "0.33%",
+        "300.0 kB",
+        "90.9 MB",
+        "91.9 MB",
+    ):
         assert words in shown
     assert "…" not in shown
 
