@@ -107,8 +107,7 @@ def adapt(
             raise ValueError(
                 "return_scalings=True needs an X-LoRA adapter that mixes its experts by itself"
             )
-        quantised = any(isinstance(leaf, Packed) for leaf in leaves_of(params))
-        if not adapters and not quantised:
+        if not adapters and not any(isinstance(leaf, Packed) for leaf in leaves_of(params)):
             return apply_fn(params, *args, **kwargs)
         arrays, static = split((params, args, kwargs))
         return run_adapted(static, arrays, adapters)
