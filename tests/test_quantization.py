@@ -113,6 +113,36 @@ def test_equals_the_plain_weights(case, qtype, x64):
         assert error(bare, apply_fn(plain, *args)) < 1e-10
 
 
+PARTS = {
+    "reversed": lambda w, x: x @ lax.rev(w[1], (0,)),
+    "sliced": lambda w, x: x[:, :5] @ w[2, 1:6],
+    "strided": lambda w, x: x[:, ::2] @ w[2, ::2],
+    "indexed": lambda w, x: x @ lax.dynamic_index_in_dim(w, len(x) - 2, 0, False),
+    "split": lambda w, x: sum(x[:, :4] @ half for half in jnp.split(w[3], 2, axis=0)),
+    "flattened": lambda w, x: jnp.concatenate([x] * 6, 1) @ w.reshape(48, 4),
+    "cut_up": lambda w, x: jnp.einsum("bij,ijk->bk", x.reshape(5, 4, 2), w[0].reshape(4, 2, 4)),
+    "scaled": lambda w, x: x @ (-2 * w[1]),
+    "transposed": lambda w, x: x @ w.transpose(2, 1, 0)[1],
+    "rounded": lambda w, x: x @ w[1].astype(jnp.bfloat16).astype(jnp.float32),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    ("whole", "tiles"), [((0, 2), {1: 2}), ((0, 1, 2), {}), ((), {}), ((0,), {1: 4, 2: 2})]
+)
+def test_scales_move_with_their_codes(part, whole, tiles):
+    weight, x = normal(6, 8, 4, seed=1), normal(5, 8, seed=2)
+    settings = {"channelwise_axes": whole, "tiled_axes": tiles}
+    with jax.numpy_rank_promotion("allow"):
+        symmetric = qwix.quantize(weight, "nf4", **settings)
+        shifted = qwix.quantize(weight + 1, "int8", calibration_method="minmax", **settings)
+        unpacked = [qwix.dequantize(each) for each in (symmetric, shifted)]
+    adapted = adapt(PARTS[part])
+    for packed, plain in zip((symmetric, shifted), unpacked, strict=True):
+        np.testing.assert_array_equal(adapted(packed, None, x), jax.jit(PARTS[part])(plain, x))
+
+
 STACK = {"a": normal(3, 16, 24, seed=1), "b": normal(3, 24, 16, seed=2)}
 X = normal(5, 16, seed=3)
 

@@ -6,7 +6,7 @@ step would tear blocks of one scale apart, the scale is spread over them first.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -198,22 +198,25 @@ def constrained(base: Base, constrain: Callable[[Array], Array]) -> Base:
     return constrain(base)
 
 
-def cut(base: Base, change: Callable[[Array, tuple[int | None, ...]], Array]) -> Base:
-    """The weight with some axes sliced.
+def cut(
+    base: Base,
+    axes: Collection[int],
+    change: Callable[[Array, tuple[int | None, ...]], Array],
+) -> Base:
+    """The weight sliced or reversed along some axes.
 
-    ``change`` gets an array and the axis of each dimension, None where there is nothing to slice.
+    ``change`` gets an array and the axis of each dimension, None where there is nothing to cut.
     """
     if not isinstance(base, Packed):
         return change(base, tuple(range(base.ndim)))
-    codes = change(base.codes, tuple(range(base.ndim)))
-    sliced = [axis for axis, n in enumerate(codes.shape) if n != base.shape[axis]]
-    blocks = [axis for axis in sliced if base.scale.shape[axis] != 1]
-    whole = spread_along(base, blocks)
+    own = [axis for axis in axes if base.scale.shape[axis] != 1]
+    whole = spread_along(base, own)
     assert isinstance(whole, Packed)
 
     def part(array: Array) -> Array:
-        return change(array, tuple(axis if axis in blocks else None for axis in range(base.ndim)))
+        return change(array, tuple(axis if axis in own else None for axis in range(base.ndim)))
 
+    codes = change(base.codes, tuple(range(base.ndim)))
     return dataclasses.replace(whole.each_scale(part), codes=codes)
 
 
@@ -229,7 +232,8 @@ def step(base: Packed, name: str, params: dict[str, Any], rerun: Callable[[Array
                     base = transposed(base, params["dimensions"])
                 after = _reshape(base, tuple(codes.shape))
                 return dataclasses.replace(after, codes=codes)
-        case "convert_element_type":
+        # A second cast would have to round as the first did.
+        case "convert_element_type" if base.dtype == base.scale.dtype:
             return dataclasses.replace(base, dtype=np.dtype(params["new_dtype"]))
         case "copy" | "copy_p" | "name" | "stop_gradient":
             return base

@@ -94,7 +94,9 @@ def _slice(view: View, equation: Equation) -> View:
             [1 if dim is None else strides[dim] for dim in dims],
         )
 
-    return views.cut(view, change)
+    taken = zip(starts, limits, strides, view.base.shape, strict=True)
+    axes = [axis for axis, (start, *rest, n) in enumerate(taken) if (start, *rest) != (0, n, 1)]
+    return views.cut(view, axes, change)
 
 
 def _dynamic_slice(view: View, equation: Equation) -> View:
@@ -107,7 +109,8 @@ def _dynamic_slice(view: View, equation: Equation) -> View:
             [n if dim is None else sizes[dim] for n, dim in zip(array.shape, dims, strict=True)],
         )
 
-    return views.cut(view, change)
+    axes = [axis for axis, n in enumerate(view.base.shape) if sizes[axis] != n]
+    return views.cut(view, axes, change)
 
 
 def _split(view: View, equation: Equation) -> list[View]:
@@ -123,7 +126,7 @@ def _split(view: View, equation: Equation) -> list[View]:
                 else array
             )
 
-        pieces.append(views.cut(view, piece))
+        pieces.append(views.cut(view, (axis,), piece))
         start += size
     return pieces
 
@@ -134,7 +137,7 @@ def _rev(view: View, equation: Equation) -> View:
     def change(array: jax.Array, dims: Dims) -> jax.Array:
         return lax.rev(array, [i for i, dim in enumerate(dims) if dim in flipped])
 
-    return views.cut(view, change)
+    return views.cut(view, flipped, change)
 
 
 def _scale(divide: bool) -> Step:

@@ -6,7 +6,7 @@ of its adapters after the same steps.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
 import jax
@@ -220,7 +220,7 @@ def reshape(view: View, shape: tuple[int, ...], base: Base) -> View | None:
     return remap(view, dataclasses.replace(view, base=base, axes=tuple(axes)), change)
 
 
-def cut(view: View, change: Callable[[jax.Array, Dims], jax.Array]) -> View:
+def cut(view: View, axes: Collection[int], change: Callable[[jax.Array, Dims], jax.Array]) -> View:
     """The view with some axes sliced or reversed in every array.
 
     ``change`` gets an array and the axis of each dimension; None where there is nothing to cut:
@@ -234,7 +234,7 @@ def cut(view: View, change: Callable[[jax.Array, Dims], jax.Array]) -> View:
             tuple(d if d is not None and size == view.base.shape[d] else None for d, size in sizes),
         )
 
-    base = packed.cut(view.base, change)
+    base = packed.cut(view.base, axes, change)
     return remap(view, dataclasses.replace(view, base=base), whole)
 
 
