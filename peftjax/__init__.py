@@ -6,6 +6,7 @@ from peftjax.adapter import init_adapter as init_adapter
 from peftjax.algebra.combining import combine_adapters as combine_adapters
 from peftjax.algebra.conversion import convert_to_lora as convert_to_lora
 from peftjax.algebra.conversion import pad_ranks as pad_ranks
+from peftjax.checkpointer import AdapterCheckpointer as AdapterCheckpointer
 from peftjax.engine.trace import FallbackError as FallbackError
 from peftjax.first_pass import xlora_scalings as xlora_scalings
 from peftjax.frameworks import from_linen as from_linen

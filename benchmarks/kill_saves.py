@@ -1,0 +1,165 @@
+"""Kills a process at random moments while it saves checkpoints, and looks at what is left.
+
+    python benchmarks/kill_saves.py --kills 100
+
+A child trains nothing: it saves one checkpoint after the other, the arrays of each told by its
+step, and goes on from the newest it finds. After every kill the newest checkpoint has to be there,
+at least as new as the last that the child knew to be complete, with the arrays of its step to the
+last bit. The moments are drawn evenly over a few saves.
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import pathlib
+import random
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import track
+
+import peftjax
+
+WIDTH, LAYERS, RANK = 256, 12, 16
+SAVES = 6  # over how many saves the moments are spread
+
+
+def state_at(step: int) -> peftjax.TrainState:
+    """A state whose every array is told by its step."""
+    params = {"layers": {"kernel": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)}}
+
+    def apply_fn(params, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, params["layers"]["kernel"])[0]
+
+    sites = peftjax.find_sites(apply_fn, params, jax.ShapeDtypeStruct((2, WIDTH), jnp.float32))
+    config = peftjax.LoraConfig(r=RANK, lora_alpha=5, target_modules=["layers"])
+
+    def start():
+        adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
+        return peftjax.init_train_state(adapter, optax.adam(1e-3))
+
+    rng = np.random.default_rng(step)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.integers(0, 1000, x.shape), x.dtype), jax.eval_shape(start)
+    )
+
+
+def save_on_and_on(directory: str, told: multiprocessing.connection.Connection) -> None:
+    """What the child does until it is killed."""
+    with peftjax.AdapterCheckpointer(directory, max_to_keep=3) as checkpointer:
+        step = checkpointer.latest_step()
+        if step is not None:
+            checkpointer.restore(state_at(0))
+        states = {n: state_at(n) for n in range((step or 0) + 1, (step or 0) + 60)}
+        told.send(("ready", step))
+        for n, state in states.items():
+            told.send(("begins", n))
+            checkpointer.save(n, state, data_position=n)
+            checkpointer.wait_until_finished()
+            told.send(("complete", n))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """What one kill met.
+
+    Attributes:
+      inside: whether a save had begun and was not known to be complete.
+      complete: the last step that was known to be.
+      found: the newest checkpoint afterwards; None if there was none.
+      intact: whether its arrays and its position in the data are those of its step.
+    """
+
+    inside: bool
+    complete: int | None
+    found: int | None
+    intact: bool
+
+    @property
+    def lost_nothing(self) -> bool:
+        if self.complete is None and self.found is None:
+            return True
+        return self.intact and self.found is not None and self.found >= (self.complete or 0)
+
+
+def kill_once(directory: pathlib.Path, rng: random.Random, seconds: float) -> Kill:
+    """Starts a child, kills it after at most so many seconds of saving, and looks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peftjax", "rich.progress"])
+    told, tells = context.Pipe(duplex=False)
+    child = context.Process(target=save_on_and_on, args=(str(directory), tells), daemon=True)
+    child.start()
+    tells.close()
+    if not told.poll(120):
+        raise RuntimeError("the child did not start")
+    _, complete = told.recv()
+    child.join(rng.uniform(0, seconds))
+    child.kill()
+    child.join()
+    inside = False
+    try:
+        while told.poll():
+            what, step = told.recv()
+            inside = what == "begins"
+            complete = step if what == "complete" else complete
+    except EOFError:
+        pass
+    with peftjax.AdapterCheckpointer(directory, max_to_keep=3) as checkpointer:
+        found = checkpointer.latest_step()
+        if found is None:
+            return Kill(inside, complete, None, False)
+        want = state_at(found)
+        got, position = checkpointer.restore(jax.eval_shape(lambda: want))
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), got, want)
+    return Kill(inside, complete, found, position == found and all(jax.tree.leaves(same)))
+
+
+def seconds_of_a_save(directory: pathlib.Path) -> float:
+    """How long one save takes here, for the moments to be spread over some."""
+    with peftjax.AdapterCheckpointer(directory) as checkpointer:
+        for n in range(3):
+            start = time.perf_counter()
+            checkpointer.save(n, state_at(n))
+            checkpointer.wait_until_finished()
+            took = time.perf_counter() - start
+    return took
+
+
+def kills(directory: pathlib.Path, count: int, seed: int):
+    """The kills, one after the other in one directory."""
+    seconds = SAVES * seconds_of_a_save(directory / "measure")
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield kill_once(directory / "run", rng, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=100, help="how many (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    options = parser.parse_args()
+    console = Console()
+    with tempfile.TemporaryDirectory() as directory:
+        every = kills(pathlib.Path(directory), options.kills, options.seed)
+        met = list(track(every, "Killing", total=options.kills, console=console))
+    lost = [kill for kill in met if not kill.lost_nothing]
+    newest = max((kill.found or 0 for kill in met), default=0)
+    console.print(
+        f"{len(met)} kills, {sum(kill.inside for kill in met)} of them inside a save; "
+        f"{newest} checkpoints were completed; {len(lost)} kills lost something"
+    )
+    for kill in lost:
+        console.print(kill)
+    raise SystemExit(bool(lost))
+
+
+if __name__ == "__main__":
+    main()

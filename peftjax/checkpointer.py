@@ -1,0 +1,433 @@
+"""Checkpoints of a training run: the adapter, its optimizer's state, the place in the data."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import Array
+
+from peftjax.adapter import Adapter
+from peftjax.sites import Leaf, Site
+
+State = TypeVar("State")
+_ADAPTER, _STATE, _ABOUT = "adapter", "state", "about"
+
+
+class AdapterCheckpointer:
+    """Writes and reads the checkpoints of a training run, through Orbax's ``CheckpointManager``.
+
+    A checkpoint is a directory named by its step. It holds the arrays of the adapter and those of
+    the rest of the state, nothing of the base, and as JSON the config, the adapted sites and the
+    position in the data. It appears under its name only when all of it is written, so that a
+    process killed at any moment leaves the last complete one; what was begun is cleared away when
+    the directory is next opened. In a run of several processes each of them has to make every
+    call, and writes its own shards.
+
+    Args:
+      directory: where the checkpoints are; made if it does not exist.
+      max_to_keep: how many to keep; None keeps all. The best are kept where there is a metric,
+        otherwise the newest.
+      best_metric: the metric that says which is best.
+      best_mode: whether the largest is best, ``"max"``, or the smallest, ``"min"``.
+      save_interval_steps: of the calls of ``save``, those are heeded whose step is a multiple.
+
+    Raises:
+      ValueError: a number that is not positive, or another ``best_mode``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, peftjax, tempfile
+      >>> apply_fn = lambda params, x: x @ params["dense"]["kernel"]
+      >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+      >>> sites = peftjax.find_sites(apply_fn, params, jnp.ones((2, 4)))
+      >>> config = peftjax.LoraConfig(r=2, target_modules=["dense"])
+      >>> adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
+      >>> state = peftjax.init_train_state(adapter, optax.adam(1e-3), jax.random.key(1))
+      >>> with peftjax.AdapterCheckpointer(tempfile.mkdtemp(), max_to_keep=2) as checkpointer:
+      ...     saved = checkpointer.save(10, state, data_position={"epoch": 1, "batch": 4})
+      ...     again, position = checkpointer.restore(state)
+      >>> saved, position
+      (True, {'batch': 4, 'epoch': 1})
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        max_to_keep: int | None = None,
+        best_metric: str | None = None,
+        best_mode: Literal["max", "min"] = "max",
+        save_interval_steps: int = 1,
+    ):
+        if best_mode not in ("max", "min"):
+            raise ValueError(f"`best_mode` must be 'max' or 'min', got {best_mode!r}")
+        numbers = {"save_interval_steps": save_interval_steps}
+        if max_to_keep is not None:
+            numbers["max_to_keep"] = max_to_keep
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}")
+        self._directory = Path(directory).absolute()
+        self._best_metric = best_metric
+        best: dict[str, Any] = {}
+        if best_metric is not None:
+            best = {"best_fn": lambda metrics: metrics[best_metric], "best_mode": best_mode}
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=max_to_keep,
+                save_interval_steps=save_interval_steps,
+                cleanup_tmp_directories=True,
+                **best,
+            ),
+            item_handlers={
+                _ADAPTER: ocp.StandardCheckpointHandler(),
+                _STATE: ocp.StandardCheckpointHandler(),
+                _ABOUT: ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        data_position: Any = None,
+    ) -> bool:
+        """Begins to write a checkpoint, and returns as soon as its arrays are in host memory.
+
+        The next training step may overwrite the state. The files are written meanwhile; ``close``,
+        the end of a ``with``, and the next call wait for them.
+
+        Args:
+          step: the number of steps taken.
+          state: a tree that holds one adapter, such as a ``TrainState``.
+          metrics: scalars measured of this state.
+          data_position: any JSON value that says where to go on reading the data.
+
+        Returns:
+          Whether it is written: only every ``save_interval_steps`` it is.
+
+        Raises:
+          ValueError: there is a checkpoint of this step; the metric that says which is best is
+            missing; the state does not hold one adapter; the position is no JSON value.
+        """
+        if step in self.all_steps():
+            raise ValueError(
+                f"{self._directory} has a checkpoint of step {step}: go on from it with "
+                f"restore(), or use another directory"
+            )
+        metrics = None if metrics is None else {name: float(x) for name, x in metrics.items()}
+        if self._best_metric is not None and self._best_metric not in (metrics or {}):
+            raise ValueError(
+                f"which checkpoint is best is told by {self._best_metric!r}, which is not among "
+                f"metrics={metrics}"
+            )
+        adapter, rest = _parts(state)
+        groups = {_ADAPTER: _groups(_arrays(adapter)), _STATE: _groups(rest)}
+        about = _about(adapter) | {"groups": groups, "data_position": data_position}
+        try:
+            about = json.loads(json.dumps(about, sort_keys=True))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`data_position` must be a JSON value: {error}") from error
+        if not self._manager.should_save(step):
+            return False
+        items = {
+            name: ocp.args.StandardSave(_stacked(arrays, groups[name]))
+            for name, arrays in ((_ADAPTER, _arrays(adapter)), (_STATE, rest))
+            if groups[name]
+        }
+        items[_ABOUT] = ocp.args.JsonSave(about)
+        return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(
+        self, like: State, *, step: int | None = None, best: bool = False
+    ) -> tuple[State, Any]:
+        """Reads a checkpoint.
+
+        Args:
+          like: a tree as it was saved, for the same model and config. Its leaves may be
+            ``jax.ShapeDtypeStruct``s; where they have a sharding, the result has it too, and
+            floating arrays get their dtype. An adapter alone reads the adapter of a larger state.
+          step: which checkpoint; by default the newest complete one.
+          best: take the best one instead.
+
+        Returns:
+          ``like`` with the arrays from disk, and the position in the data.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint, or none of that step.
+          ValueError: it is of another config, model or state; the message names what differs.
+        """
+        step = self._step(step, best)
+        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        about = about[_ABOUT]
+        adapter, rest = _parts(like)
+        where = f"the checkpoint of step {step} in {self._directory}"
+        _check_about(where, about, _about(adapter))
+        wanted = {_ADAPTER: _arrays(adapter)}
+        if not isinstance(like, Adapter):
+            wanted[_STATE] = rest
+        metadata = self._manager.item_metadata(step)
+        shapes, groups = {}, about["groups"]
+        for name, arrays in wanted.items():
+            shapes[name] = metadata[name].tree if groups[name] else {}
+            _check_arrays(where, groups[name], shapes[name], arrays)
+        items = {
+            name: ocp.args.StandardRestore(_as_stacked(shapes[name], arrays, groups[name]))
+            for name, arrays in wanted.items()
+            if groups[name]
+        }
+        read = self._manager.restore(step, args=ocp.args.Composite(**items))
+        arrays = {
+            name: _unstacked(read[name] if groups[name] else {}, own, groups[name])
+            for name, own in wanted.items()
+        }
+        return _refilled(like, arrays), about["data_position"]
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint by ``best_metric``; None if there is none."""
+        return None if self._best_metric is None else self._manager.best_step()
+
+    def all_steps(self) -> Sequence[int]:
+        """The steps of all complete checkpoints, and of one that is being written."""
+        return tuple(sorted(self._manager.all_steps()))
+
+    def wait_until_finished(self) -> None:
+        """Waits until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits until what was saved is on disk, and ends."""
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _step(self, step: int | None, best: bool) -> int:
+        """The step to read."""
+        self.wait_until_finished()
+        if best and self._best_metric is None:
+            raise ValueError("best=True needs a checkpointer with `best_metric`")
+        found = step if step is not None else self.best_step() if best else self.latest_step()
+        if found is None:
+            raise FileNotFoundError(f"no checkpoint in {self._directory}; save() writes one")
+        if found not in self.all_steps():
+            raise FileNotFoundError(
+                f"there is no checkpoint of step {found} in {self._directory}; there are those of "
+                f"{', '.join(map(str, self.all_steps())) or 'none'}"
+            )
+        return found
+
+
+def _is_adapter(node: Any) -> bool:
+    return isinstance(node, Adapter)
+
+
+def _parts(state: Any) -> tuple[Adapter, dict[str, Any]]:
+    """The one adapter in a tree, and all other leaves by path."""
+    flat = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_adapter)
+    adapters = [leaf for _, leaf in flat if _is_adapter(leaf)]
+    if len(adapters) != 1:
+        raise ValueError(f"a checkpoint is of one adapter, and the state holds {len(adapters)}")
+    return adapters[0], {_path(keys): leaf for keys, leaf in flat if not _is_adapter(leaf)}
+
+
+def _path(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def _arrays(adapter: Adapter) -> dict[str, Any]:
+    """All arrays of an adapter by path."""
+    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(adapter)}
+
+
+# Arrays that are alike are written as one: Orbax spends some hundred bytes on each.
+_Groups = list[list[str]]
+
+
+def _groups(arrays: Mapping[str, Any]) -> _Groups:
+    """The paths of arrays of one shape, dtype and place; those without entries are left out."""
+    groups: dict[Any, list[str]] = {}
+    for path, x in arrays.items():
+        if x.size:
+            alike = (x.shape, x.dtype, getattr(x, "sharding", None))
+            groups.setdefault(alike, []).append(path)
+    return list(groups.values())
+
+
+def _stacked(arrays: Mapping[str, Any], groups: _Groups) -> dict[str, Array]:
+    """The arrays of each group on a new first axis, under its number; keys as their numbers."""
+
+    def stack(paths: list[str]) -> Array:
+        own = [_numbers(arrays[path]) for path in paths]
+        where = _ahead(getattr(own[0], "sharding", None))
+        return jax.jit(lambda *own: jnp.stack(own), out_shardings=where)(*own)
+
+    return {str(i): stack(paths) for i, paths in enumerate(groups)}
+
+
+def _as_stacked(
+    shapes: Mapping[str, Any], like: Mapping[str, Any], groups: _Groups
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of the stacked arrays, each where the first of its group is wanted."""
+
+    def shape(saved: Any, paths: list[str]) -> jax.ShapeDtypeStruct:
+        where = getattr(like[paths[0]], "sharding", None)
+        # Without one Orbax would take the sharding of the machine that saved.
+        where = _ahead(where) or SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=where)
+
+    return {str(i): shape(shapes[str(i)], paths) for i, paths in enumerate(groups)}
+
+
+def _unstacked(
+    stacked: Mapping[str, Array], like: Mapping[str, Any], groups: _Groups
+) -> dict[str, Array]:
+    """The arrays of all groups, in the dtypes and where they are wanted."""
+    arrays: dict[str, Array] = {
+        path: jnp.zeros(x.shape, x.dtype) for path, x in like.items() if not x.size
+    }
+    for i, paths in enumerate(groups):
+        wanted = [like[path] for path in paths]
+
+        def split(whole: Array, wanted: list[Any] = wanted) -> list[Array]:
+            return [_as_wanted(whole[n], x) for n, x in enumerate(wanted)]
+
+        own = zip(paths, wanted, jax.jit(split)(stacked[str(i)]), strict=True)
+        for path, x, array in own:
+            where = getattr(x, "sharding", None)
+            arrays[path] = array if where is None else jax.device_put(array, where)
+    return arrays
+
+
+def _as_wanted(array: Array, like: Any) -> Array:
+    if not _is_key(like):
+        return array.astype(like.dtype)
+    # Inside a trace alone the shape of a key says what generator it is for.
+    known: list[Any] = []
+    jax.eval_shape(lambda key: known.append(jax.random.key_impl(key)), like)
+    return jax.random.wrap_key_data(array, impl=known[0])
+
+
+def _ahead(where: Any) -> Any:
+    """A sharding with an axis before all others that is not split."""
+    if not isinstance(where, NamedSharding):
+        return where
+    return where.update(spec=PartitionSpec(None, *where.spec))
+
+
+def _is_key(array: Any) -> bool:
+    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def _numbers(array: Any) -> Any:
+    return jax.random.key_data(array) if _is_key(array) else array
+
+
+def _refilled(like: Any, arrays: dict[str, dict[str, Any]]) -> Any:
+    """The tree with other arrays."""
+
+    def fill(keys: Any, leaf: Any) -> Any:
+        if not _is_adapter(leaf):
+            return arrays[_STATE][_path(keys)]
+        own = arrays[_ADAPTER]
+        return jax.tree_util.tree_map_with_path(lambda keys, _: own[_path(keys)], leaf)
+
+    return jax.tree_util.tree_map_with_path(fill, like, is_leaf=_is_adapter)
+
+
+def _about(adapter: Adapter) -> dict[str, Any]:
+    """The config and the sites of an adapter, as JSON has them."""
+    config = adapter.config
+    experts = [each.to_dict() for each in getattr(config, "experts", ())]
+    about = {
+        "config": config.to_dict() | ({"experts": experts} if experts else {}),
+        "sites": {site.name: _fingerprint(site) for site in adapter.sites.values()},
+        "saved": {leaf.path: list(leaf.shape) for leaf in adapter.saved},
+    }
+    return json.loads(json.dumps(about, sort_keys=True))
+
+
+_OF_NO_ACCOUNT = {"name", "dtype", "is_head", "dilated"}
+
+
+def _fingerprint(of: Site | Leaf) -> dict[str, Any]:
+    """What of a site its adapter depends on, as far as it is not as usual."""
+    return {
+        field.name: getattr(of, field.name)
+        for field in dataclasses.fields(of)
+        if field.name not in _OF_NO_ACCOUNT and getattr(of, field.name) != field.default
+    }
+
+
+def _check_about(where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises a ValueError that names how a checkpoint and an adapter differ."""
+    words = {"config": "config", "sites": "model", "saved": "choice of whole leaves"}
+    for part, kind in words.items():
+        ours, theirs = wanted[part], saved[part]
+        names = [n for n in dict.fromkeys([*theirs, *ours]) if ours.get(n) != theirs.get(n)]
+        if names:
+            name, *more = names
+            in_it, here = _differing(theirs.get(name), ours.get(name))
+            others = f", and so do {', '.join(more[:4])}" if more else ""
+            raise ValueError(
+                f"{where} is of another {kind}: {name} is {in_it} in it and {here} here{others}; "
+                f"restore it into what init_adapter makes for the same model with the same config"
+            )
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two values, of dicts what differs alone."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return ("not there" if one is None else one), ("not there" if other is None else other)
+    names = [n for n in {**one, **other} if one.get(n) != other.get(n)]
+    return {n: one.get(n) for n in names}, {n: other.get(n) for n in names}
+
+
+def _check_arrays(
+    where: str, groups: _Groups, shapes: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    """Raises a ValueError for the first array that is not on both sides alike."""
+    saved = {path: shapes[str(i)] for i, paths in enumerate(groups) for path in paths}
+    for path in dict.fromkeys([*wanted, *saved]):
+        if path not in wanted or (path not in saved and wanted[path].size):
+            side = "here" if path in wanted else "in it"
+            raise ValueError(
+                f"{where} does not fit: {path!r} is only {side}; restore with what the state was "
+                f"made with, the optimizer too"
+            )
+        ours, theirs = wanted[path], saved.get(path)
+        if theirs is None:
+            continue
+        ours = jax.eval_shape(_numbers, ours)
+        if tuple(ours.shape) != tuple(theirs.shape[1:]):
+            raise ValueError(
+                f"{where} does not fit: {path!r} has shape {tuple(theirs.shape[1:])} in it and "
+                f"{tuple(ours.shape)} here"
+            )
+        kinds = {np.dtype(x.dtype) for x in (ours, theirs)}
+        if len(kinds) > 1 and not all(jnp.issubdtype(kind, np.floating) for kind in kinds):
+            raise ValueError(
+                f"{where} does not fit: {path!r} is {theirs.dtype} in it and {ours.dtype} here"
+            )
