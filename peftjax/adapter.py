@@ -8,11 +8,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from peftjax.config import AdapterConfig
-from peftjax.engine.packed import dense
+from peftjax.engine.compat import automatic
+from peftjax.engine.packed import Base, dense, like
 from peftjax.factors import Arrays, WeightSpec, accumulation_dtype
 from peftjax.routes import Mix, Route
 from peftjax.sites import Leaf, Site, Sites
@@ -136,7 +138,7 @@ def init_adapter(
         base = leaves[site.path] if reads_weight else None
         own_key = path_key(key, site.path)
         try:
-            made = init_site(own_key, config, site, weight_spec(site, own_dtype), base)
+            made = _started(own_key, config, site, weight_spec(site, own_dtype), base)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from error
         trainable[site.name], frozen[site.name] = made
@@ -145,6 +147,22 @@ def init_adapter(
     _warn_unmatched(config, chosen)
     known = sites.only(chosen.sites)
     return Adapter(trainable, frozen, None, config, known, tuple(saved.values()))
+
+
+def _started(
+    key: PRNGKeyArray, config: AdapterConfig, site: Site, spec: WeightSpec, base: Base | None
+) -> tuple[Arrays, Arrays]:
+    """The arrays of one site; those that start from a weight, with its place left to XLA."""
+    if base is None:
+        return init_site(key, config, site, spec, None)
+
+    def start(key: PRNGKeyArray, base: Base) -> tuple[Arrays, Arrays]:
+        return init_site(key, config, site, spec, base)
+
+    def whole(shapes: Any) -> Any:
+        return jax.tree.map(lambda _: PartitionSpec(), shapes)
+
+    return automatic(start, like(base), whole)(key, base)
 
 
 def site_arrays(adapter: Adapter, site: Site) -> tuple[Arrays, Arrays]:

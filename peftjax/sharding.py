@@ -1,6 +1,7 @@
 """Where an adapter lies on a mesh: along the axes of the weights it adapts."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -10,8 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from peftjax.adapter import Adapter
 from peftjax.config import AdapterConfig
+from peftjax.engine.packed import Packed
+from peftjax.experts import PRESENT
 from peftjax.sites import Site
-from peftjax.trees import dotted
+from peftjax.trees import dotted, is_quantised
 
 Tree = TypeVar("Tree")
 _Key = tuple[str, str]
@@ -29,8 +32,9 @@ def adapter_shardings(tree: Tree, params: Any) -> Tree:
         lies as the array does. Its leaves may be ``jax.ShapeDtypeStruct``s.
       params: the base's params, of arrays or ``jax.ShapeDtypeStruct``s with a NamedSharding, of
         shardings, or of PartitionSpecs; linen's ``nn.Partitioned`` boxes and NNX variables, whose
-        metadata say it, are understood, logical names under ``nn.logical_axis_rules``. Where only
-        names of axes are given, the mesh is that of ``jax.set_mesh``.
+        metadata say it, are understood, logical names under ``nn.logical_axis_rules``, and so are
+        quantised weights; None is on every device. Where only names of axes are given, the mesh
+        is that of ``jax.set_mesh``.
 
     Returns:
       The tree with a NamedSharding for every leaf, as ``jax.jit`` takes it for ``out_shardings``
@@ -78,10 +82,14 @@ def _own_specs(
     own = {}
     for site in adapter.sites.values():
         spec = _spec_of(site.path, len(site.shape), specs)
+        # Experts lie along an axis before all others.
+        ahead = int(PRESENT in adapter.buffers.get(site.name, {}))
         for part in (adapter.params, adapter.buffers):
             for name, array in part.get(site.name, {}).items():
                 shape = tuple(array.shape)
-                own[site.name, name] = shape, _spec(adapter.config, site, name, shape, spec)
+                placed = _spec(adapter.config, site, name, shape[ahead:], spec)
+                placed = PartitionSpec(*[None] * ahead, *placed) if placed else placed
+                own[site.name, name] = shape, placed
     for leaf in adapter.saved:
         spec = _spec_of(leaf.path, len(leaf.shape), specs)
         own[leaf.module, leaf.leaf_name] = leaf.shape, PartitionSpec(*spec)
@@ -104,12 +112,14 @@ def _spec(
     """How one array of a site is split, given how its weight is."""
     experts = getattr(config, "experts", ())
     words = (experts[0] if experts else config).method.axes.get(name, ())
-    axes = [*_stack(site, base), *_behind(words, site, base)]
-    # Experts lie along an axis before all others.
-    ahead = len(shape) - len(axes)
-    if not words or ahead not in (0, 1):
+    if not words:
         return PartitionSpec()
-    sizes = zip([(0, None)] * ahead + axes, shape, strict=True)
+    axes = [*_stack(site, base), *_behind(words, site, base)]
+    if len(axes) != len(shape):
+        # Beside a core of their own, the factors of a kernel have no taps.
+        channels = tuple(axis for axis in site.in_axes if axis not in site.tap_axes)
+        axes = [*_stack(site, base), *_behind(words, replace(site, in_axes=channels), base)]
+    sizes = zip(axes, shape, strict=True)
     return PartitionSpec(*[split if n == size else None for (n, split), size in sizes])
 
 
@@ -140,7 +150,9 @@ def _base(params: Any) -> tuple[Mesh, dict[str, PartitionSpec]]:
     for keys, leaf in flat:
         path, where = dotted(keys), _where(leaf)
         if isinstance(where, NamedSharding):
-            meshes.setdefault(where.mesh, path)
+            # Under Explicit axes, shapes that were only traced know no devices.
+            if isinstance(where.mesh, Mesh):
+                meshes.setdefault(where.mesh, path)
             where = where.spec
         specs[path] = where if isinstance(where, PartitionSpec) else PartitionSpec()
     if len(meshes) > 1:
@@ -159,21 +171,26 @@ def _base(params: Any) -> tuple[Mesh, dict[str, PartitionSpec]]:
 
 
 def _says_where(leaf: Any) -> bool:
-    """Whether a node of a params tree says where its array lies."""
-    return isinstance(leaf, PartitionSpec | Sharding | nn.Partitioned | nnx.Variable)
+    """Whether a node of a params tree says where its array lies; None says nowhere special."""
+    said = isinstance(leaf, PartitionSpec | Sharding | nn.Partitioned | nnx.Variable)
+    return said or leaf is None or is_quantised(leaf)
 
 
 def _where(leaf: Any) -> NamedSharding | PartitionSpec | None:
     """The sharding of a leaf, or its spec alone; None if it has neither."""
-    if isinstance(leaf, PartitionSpec | NamedSharding):
-        return leaf
-    value = leaf.value if isinstance(leaf, nn.Partitioned) else leaf
-    value = leaf.get_value() if isinstance(leaf, nnx.Variable) else value
-    sharding = getattr(value, "sharding", None)
-    if isinstance(sharding, NamedSharding):
-        return sharding
+    value = leaf
+    if is_quantised(leaf):
+        # The integers are laid out like the weight.
+        value = leaf.codes if isinstance(leaf, Packed) else leaf.qvalue
+    elif isinstance(leaf, nn.Partitioned):
+        value = leaf.value
+    elif isinstance(leaf, nnx.Variable):
+        value = leaf.get_value()
+    for where in (value, getattr(value, "sharding", None)):
+        if isinstance(where, PartitionSpec | NamedSharding):
+            return where
     if isinstance(leaf, nn.LogicallyPartitioned):
-        return nn.logical_to_mesh_axes(leaf.names)
+        return nn.logical_to_mesh_axes(leaf.names, leaf.rules)
     if isinstance(leaf, nn.Partitioned):
         return leaf.get_partition_spec()
     if isinstance(leaf, nnx.Variable):

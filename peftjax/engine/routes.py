@@ -86,13 +86,16 @@ def gated(
         weights = jnp.repeat(weights, length, axis=-2)
     tokens = _along(weights.shape[len(stack) : -1], sizes, route.lengths)
     each = features.shape[rank] // (weights.shape[-1] * copies)
-    laid = compat.replicate(jnp.repeat(weights, each, axis=-1))
-    laid = jnp.tile(laid.reshape(*leading, *tokens, -1), copies)
+    laid = jnp.repeat(weights, each, axis=-1)
+    if (*leading, *tokens) != laid.shape[:-1]:
+        laid = compat.replicate(laid).reshape(*leading, *tokens, -1)
+    laid = jnp.concatenate([laid] * copies, axis=-1)
     axes = [*stack, *free[: len(tokens)], rank]
     shape = [1] * features.ndim
     for axis, size in zip(axes, laid.shape, strict=True):
         shape[axis] = size
-    laid = jnp.transpose(laid, sorted(range(len(axes)), key=axes.__getitem__)).reshape(shape)
+    laid = jnp.transpose(laid, sorted(range(len(axes)), key=axes.__getitem__))
+    laid = jnp.expand_dims(laid, [axis for axis, size in enumerate(shape) if axis not in axes])
     spec = compat.explicit_spec(features)
     if spec is not None:
         sharded = zip(spec, shape, strict=True)

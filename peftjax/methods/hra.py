@@ -211,9 +211,15 @@ def _change(v: Array, weight: Weight, undo: bool) -> Factors:
     t_inverse = jnp.triu(gram(v, v), 1) + 0.5 * jnp.eye(v.shape[-1], dtype=v.dtype)
     projected = weight.project(v)
     flat = projected.reshape(v.shape[-1], -1)
-    b = lax.linalg.triangular_solve(
-        t_inverse, -flat, left_side=True, lower=False, transpose_a=not undo
+    # The small matrix alone is solved with: XLA would gather the columns of a sharded one.
+    t = lax.linalg.triangular_solve(
+        t_inverse,
+        -jnp.eye(v.shape[-1], dtype=v.dtype),
+        left_side=True,
+        lower=False,
+        transpose_a=not undo,
     )
+    b = jnp.matmul(t, flat, precision="highest")
     return Factors(A=v, B=b.reshape(projected.shape))
 
 

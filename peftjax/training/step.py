@@ -37,7 +37,7 @@ def init_train_state(
     optimizer: optax.GradientTransformation,
     key: PRNGKeyArray | None = None,
 ) -> TrainState:
-    """The state of a training run before its first step.
+    """The state of a training run before its first step; its arrays are copies.
 
     Args:
       adapter: the adapter to train.
@@ -57,7 +57,9 @@ def init_train_state(
     if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     adapter = adapter.replace(key=None)
-    return TrainState(adapter, optimizer.init(adapter.params), jnp.zeros((), jnp.int32), key)
+    state = TrainState(adapter, optimizer.init(adapter.params), jnp.zeros((), jnp.int32), key)
+    # A step donates the state: no two of its arrays, and none of the caller's, may be one buffer.
+    return jax.tree.map(jnp.copy, state)
 
 
 def make_train_step(
@@ -176,11 +178,24 @@ def _averaged(function: Callable[[Any, Array], Any], parts: Any) -> Any:
     """The mean of what a function gives for each part, one after the other."""
     count = jax.tree.leaves(parts)[0].shape[0]
 
+    def add(total: Array, x: Any) -> Array:
+        return total + jnp.asarray(x, total.dtype)
+
     def body(total: Any, one: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(*one)), None
+        return jax.tree.map(add, total, function(*one)), None
+
+    def widened(like: jax.ShapeDtypeStruct) -> Array:
+        exact = jnp.issubdtype(like.dtype, jnp.inexact) and like.dtype.itemsize >= 4
+        # Under Explicit axes a carry has to start as split as what is added to it.
+        return jnp.zeros(
+            like.shape, like.dtype if exact else jnp.float32, out_sharding=like.sharding
+        )
+
+    def mean(total: Array, like: jax.ShapeDtypeStruct) -> Array:
+        own = jnp.issubdtype(like.dtype, jnp.inexact)
+        return (total / count).astype(like.dtype if own else total.dtype)
 
     first = jax.tree.map(lambda array: array[0], parts)
     shapes = jax.eval_shape(function, first, jnp.int32(0))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(body, zeros, (parts, jnp.arange(count)))
-    return jax.tree.map(lambda array: array / count, total)
+    total, _ = jax.lax.scan(body, jax.tree.map(widened, shapes), (parts, jnp.arange(count)))
+    return jax.tree.map(mean, total, shapes)
