@@ -10,6 +10,7 @@ last bit. The moments are drawn evenly over a few saves.
 
 import argparse
 import dataclasses
+import functools
 import multiprocessing
 import multiprocessing.connection
 import pathlib
@@ -30,8 +31,9 @@ WIDTH, LAYERS, RANK = 256, 12, 16
 SAVES = 6  # over how many saves the moments are spread
 
 
-def state_at(step: int) -> peftjax.TrainState:
-    """A state whose every array is told by its step."""
+@functools.cache
+def shapes() -> peftjax.TrainState:
+    """A state, by the shapes of its arrays."""
     params = {"layers": {"kernel": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32)}}
 
     def apply_fn(params, x):
@@ -44,10 +46,13 @@ def state_at(step: int) -> peftjax.TrainState:
         adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
         return peftjax.init_train_state(adapter, optax.adam(1e-3))
 
+    return jax.eval_shape(start)
+
+
+def state_at(step: int) -> peftjax.TrainState:
+    """A state whose every array is told by its step."""
     rng = np.random.default_rng(step)
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.integers(0, 1000, x.shape), x.dtype), jax.eval_shape(start)
-    )
+    return jax.tree.map(lambda x: jnp.asarray(rng.integers(0, 1000, x.shape), x.dtype), shapes())
 
 
 def save_on_and_on(directory: str, told: multiprocessing.connection.Connection) -> None:
@@ -55,7 +60,7 @@ def save_on_and_on(directory: str, told: multiprocessing.connection.Connection) 
     with peftjax.AdapterCheckpointer(directory, max_to_keep=3) as checkpointer:
         step = checkpointer.latest_step()
         if step is not None:
-            checkpointer.restore(state_at(0))
+            checkpointer.restore(shapes())
         states = {n: state_at(n) for n in range((step or 0) + 1, (step or 0) + 60)}
         told.send(("ready", step))
         for n, state in states.items():
@@ -114,21 +119,19 @@ def kill_once(directory: pathlib.Path, rng: random.Random, seconds: float) -> Ki
         found = checkpointer.latest_step()
         if found is None:
             return Kill(inside, complete, None, False)
-        want = state_at(found)
-        got, position = checkpointer.restore(jax.eval_shape(lambda: want))
-    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), got, want)
+        got, position = checkpointer.restore(shapes())
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), got, state_at(found))
     return Kill(inside, complete, found, position == found and all(jax.tree.leaves(same)))
 
 
 def seconds_of_a_save(directory: pathlib.Path) -> float:
-    """How long one save takes here, for the moments to be spread over some."""
+    """How long the first save of a process takes here, for the moments to be spread over some."""
     with peftjax.AdapterCheckpointer(directory) as checkpointer:
-        for n in range(3):
-            start = time.perf_counter()
-            checkpointer.save(n, state_at(n))
-            checkpointer.wait_until_finished()
-            took = time.perf_counter() - start
-    return took
+        state = state_at(1)
+        start = time.perf_counter()
+        checkpointer.save(1, state)
+        checkpointer.wait_until_finished()
+        return time.perf_counter() - start
 
 
 def kills(directory: pathlib.Path, count: int, seed: int):

@@ -2,19 +2,26 @@
 
 import dataclasses
 import json
+import math
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
-from jaxtyping import Array
 
 from peftjax.adapter import Adapter
+from peftjax.array_groups import (
+    alike,
+    as_stacked,
+    check_arrays,
+    check_keys,
+    key_types,
+    stacked,
+    unstacked,
+)
 from peftjax.sites import Leaf, Site
 
 State = TypeVar("State")
@@ -27,17 +34,19 @@ class AdapterCheckpointer:
     A checkpoint is a directory named by its step. It holds the arrays of the adapter and those of
     the rest of the state, nothing of the base, and as JSON the config, the adapted sites and the
     position in the data. It appears under its name only when all of it is written, so that a
-    process killed at any moment leaves the last complete one; what was begun is cleared away when
-    the directory is next opened. In a run of several processes each of them has to make every
-    call, and writes its own shards.
+    process killed at any moment leaves the last complete one; what was begun is cleared away by the
+    first ``save`` of the next. One process alone may save in a directory at a time, and any may
+    read. In a run of several processes (``jax.distributed``) each of them has
+    to make every call, and writes its own shards.
 
     Args:
       directory: where the checkpoints are; made if it does not exist.
-      max_to_keep: how many to keep; None keeps all. The best are kept where there is a metric,
-        otherwise the newest.
+      max_to_keep: how many to keep; None keeps all. The best are kept where there is a metric, and
+        besides always the newest, to go on from; otherwise the newest.
       best_metric: the metric that says which is best.
       best_mode: whether the largest is best, ``"max"``, or the smallest, ``"min"``.
-      save_interval_steps: of the calls of ``save``, those are heeded whose step is a multiple.
+      save_interval_steps: of the calls of ``save``, those are heeded whose step is a multiple, and
+        the first into an empty directory.
 
     Raises:
       ValueError: a number that is not positive, or another ``best_mode``.
@@ -76,17 +85,32 @@ class AdapterCheckpointer:
                 raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}")
         self._directory = Path(directory).absolute()
         self._best_metric = best_metric
+        policies = ocp.checkpoint_managers
+        keep: list[policies.PreservationPolicy] = [policies.LatestN(max_to_keep)]
         best: dict[str, Any] = {}
         if best_metric is not None:
             best = {"best_fn": lambda metrics: metrics[best_metric], "best_mode": best_mode}
-        self._manager = ocp.CheckpointManager(
+            worst_first = best_mode == "max"
+            keep = [
+                policies.LatestN(None if max_to_keep is None else 1),
+                policies.BestN(
+                    get_metric_fn=best["best_fn"], reverse=not worst_first, n=max_to_keep
+                ),
+            ]
+        self._options = ocp.CheckpointManagerOptions(
+            save_interval_steps=save_interval_steps,
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            **best,
+        )
+        self._saves = False
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        # What is unfinished may be another's, who saves there now, unless this one saves.
+        options = dataclasses.replace(self._options, cleanup_tmp_directories=self._saves)
+        return ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=max_to_keep,
-                save_interval_steps=save_interval_steps,
-                cleanup_tmp_directories=True,
-                **best,
-            ),
+            options=options,
             item_handlers={
                 _ADAPTER: ocp.StandardCheckpointHandler(),
                 _STATE: ocp.StandardCheckpointHandler(),
@@ -117,13 +141,18 @@ class AdapterCheckpointer:
           Whether it is written: only every ``save_interval_steps`` it is.
 
         Raises:
-          ValueError: there is a checkpoint of this step; the metric that says which is best is
-            missing; the state does not hold one adapter; the position is no JSON value.
+          ValueError: there is a checkpoint of this step or of a later one; the metric that says
+            which is best is missing or not finite; the state does not hold one adapter, or what is
+            no array; the position is no JSON value.
         """
-        if step in self.all_steps():
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"a step is a number of steps, got {step}")
+        latest = self.latest_step()
+        if latest is not None and latest >= step:
             raise ValueError(
-                f"{self._directory} has a checkpoint of step {step}: go on from it with "
-                f"restore(), or use another directory"
+                f"{self._directory} has a checkpoint of step {latest}, and {step} is not after it: "
+                f"go on from the newest with restore(), or save into another directory"
             )
         metrics = None if metrics is None else {name: float(x) for name, x in metrics.items()}
         if self._best_metric is not None and self._best_metric not in (metrics or {}):
@@ -131,17 +160,27 @@ class AdapterCheckpointer:
                 f"which checkpoint is best is told by {self._best_metric!r}, which is not among "
                 f"metrics={metrics}"
             )
+        if metrics and not math.isfinite(metrics.get(self._best_metric or "", 0.0)):
+            raise ValueError(
+                f"which checkpoint is best is told by {self._best_metric!r}, which is "
+                f"{metrics[str(self._best_metric)]} at step {step}: it has to be finite"
+            )
         adapter, rest = _parts(state)
-        groups = {_ADAPTER: _groups(_arrays(adapter)), _STATE: _groups(rest)}
-        about = _about(adapter) | {"groups": groups, "data_position": data_position}
+        groups = {_ADAPTER: alike(_arrays(adapter)), _STATE: alike(rest)}
+        keys = {_ADAPTER: key_types(_arrays(adapter)), _STATE: key_types(rest)}
+        about = _about(adapter) | {"groups": groups, "keys": keys, "data_position": data_position}
         try:
             about = json.loads(json.dumps(about, sort_keys=True))
         except (TypeError, ValueError) as error:
             raise ValueError(f"`data_position` must be a JSON value: {error}") from error
         if not self._manager.should_save(step):
             return False
+        if not self._saves:
+            self._saves = True
+            self._manager.close()
+            self._manager = self._open()
         items = {
-            name: ocp.args.StandardSave(_stacked(arrays, groups[name]))
+            name: ocp.args.StandardSave(stacked(arrays, groups[name]))
             for name, arrays in ((_ADAPTER, _arrays(adapter)), (_STATE, rest))
             if groups[name]
         }
@@ -180,15 +219,16 @@ class AdapterCheckpointer:
         shapes, groups = {}, about["groups"]
         for name, arrays in wanted.items():
             shapes[name] = metadata[name].tree if groups[name] else {}
-            _check_arrays(where, groups[name], shapes[name], arrays)
+            check_arrays(where, groups[name], shapes[name], arrays)
+            check_keys(where, about["keys"][name], key_types(arrays))
         items = {
-            name: ocp.args.StandardRestore(_as_stacked(shapes[name], arrays, groups[name]))
+            name: ocp.args.StandardRestore(as_stacked(shapes[name], arrays, groups[name]))
             for name, arrays in wanted.items()
             if groups[name]
         }
         read = self._manager.restore(step, args=ocp.args.Composite(**items))
         arrays = {
-            name: _unstacked(read[name] if groups[name] else {}, own, groups[name])
+            name: unstacked(read[name] if groups[name] else {}, own, groups[name])
             for name, own in wanted.items()
         }
         return _refilled(like, arrays), about["data_position"]
@@ -227,9 +267,16 @@ class AdapterCheckpointer:
     def _step(self, step: int | None, best: bool) -> int:
         """The step to read."""
         self.wait_until_finished()
+        if best and step is not None:
+            raise ValueError(f"give step={step} or best=True, not both")
         if best and self._best_metric is None:
             raise ValueError("best=True needs a checkpointer with `best_metric`")
         found = step if step is not None else self.best_step() if best else self.latest_step()
+        if found is None and self.all_steps():
+            raise FileNotFoundError(
+                f"no checkpoint in {self._directory} has a metric {self._best_metric!r}, to be the "
+                f"best by; take one of the steps {', '.join(map(str, self.all_steps()))}"
+            )
         if found is None:
             raise FileNotFoundError(f"no checkpoint in {self._directory}; save() writes one")
         if found not in self.all_steps():
@@ -250,7 +297,14 @@ def _parts(state: Any) -> tuple[Adapter, dict[str, Any]]:
     adapters = [leaf for _, leaf in flat if _is_adapter(leaf)]
     if len(adapters) != 1:
         raise ValueError(f"a checkpoint is of one adapter, and the state holds {len(adapters)}")
-    return adapters[0], {_path(keys): leaf for keys, leaf in flat if not _is_adapter(leaf)}
+    rest = {_path(keys): leaf for keys, leaf in flat if not _is_adapter(leaf)}
+    for path, leaf in rest.items():
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{path!r} is a {type(leaf).__name__}: the leaves of a state have to be JAX "
+                f"arrays; what is no array goes into `data_position`"
+            )
+    return adapters[0], rest
 
 
 def _path(keys: Any) -> str:
@@ -260,89 +314,6 @@ def _path(keys: Any) -> str:
 def _arrays(adapter: Adapter) -> dict[str, Any]:
     """All arrays of an adapter by path."""
     return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(adapter)}
-
-
-# Arrays that are alike are written as one: Orbax spends some hundred bytes on each.
-_Groups = list[list[str]]
-
-
-def _groups(arrays: Mapping[str, Any]) -> _Groups:
-    """The paths of arrays of one shape, dtype and place; those without entries are left out."""
-    groups: dict[Any, list[str]] = {}
-    for path, x in arrays.items():
-        if x.size:
-            alike = (x.shape, x.dtype, getattr(x, "sharding", None))
-            groups.setdefault(alike, []).append(path)
-    return list(groups.values())
-
-
-def _stacked(arrays: Mapping[str, Any], groups: _Groups) -> dict[str, Array]:
-    """The arrays of each group on a new first axis, under its number; keys as their numbers."""
-
-    def stack(paths: list[str]) -> Array:
-        own = [_numbers(arrays[path]) for path in paths]
-        where = _ahead(getattr(own[0], "sharding", None))
-        return jax.jit(lambda *own: jnp.stack(own), out_shardings=where)(*own)
-
-    return {str(i): stack(paths) for i, paths in enumerate(groups)}
-
-
-def _as_stacked(
-    shapes: Mapping[str, Any], like: Mapping[str, Any], groups: _Groups
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of the stacked arrays, each where the first of its group is wanted."""
-
-    def shape(saved: Any, paths: list[str]) -> jax.ShapeDtypeStruct:
-        where = getattr(like[paths[0]], "sharding", None)
-        # Without one Orbax would take the sharding of the machine that saved.
-        where = _ahead(where) or SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=where)
-
-    return {str(i): shape(shapes[str(i)], paths) for i, paths in enumerate(groups)}
-
-
-def _unstacked(
-    stacked: Mapping[str, Array], like: Mapping[str, Any], groups: _Groups
-) -> dict[str, Array]:
-    """The arrays of all groups, in the dtypes and where they are wanted."""
-    arrays: dict[str, Array] = {
-        path: jnp.zeros(x.shape, x.dtype) for path, x in like.items() if not x.size
-    }
-    for i, paths in enumerate(groups):
-        wanted = [like[path] for path in paths]
-
-        def split(whole: Array, wanted: list[Any] = wanted) -> list[Array]:
-            return [_as_wanted(whole[n], x) for n, x in enumerate(wanted)]
-
-        own = zip(paths, wanted, jax.jit(split)(stacked[str(i)]), strict=True)
-        for path, x, array in own:
-            where = getattr(x, "sharding", None)
-            arrays[path] = array if where is None else jax.device_put(array, where)
-    return arrays
-
-
-def _as_wanted(array: Array, like: Any) -> Array:
-    if not _is_key(like):
-        return array.astype(like.dtype)
-    # Inside a trace alone the shape of a key says what generator it is for.
-    known: list[Any] = []
-    jax.eval_shape(lambda key: known.append(jax.random.key_impl(key)), like)
-    return jax.random.wrap_key_data(array, impl=known[0])
-
-
-def _ahead(where: Any) -> Any:
-    """A sharding with an axis before all others that is not split."""
-    if not isinstance(where, NamedSharding):
-        return where
-    return where.update(spec=PartitionSpec(None, *where.spec))
-
-
-def _is_key(array: Any) -> bool:
-    return jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key)
-
-
-def _numbers(array: Any) -> Any:
-    return jax.random.key_data(array) if _is_key(array) else array
 
 
 def _refilled(like: Any, arrays: dict[str, dict[str, Any]]) -> Any:
@@ -403,31 +374,3 @@ def _differing(one: Any, other: Any) -> tuple[Any, Any]:
         return ("not there" if one is None else one), ("not there" if other is None else other)
     names = [n for n in {**one, **other} if one.get(n) != other.get(n)]
     return {n: one.get(n) for n in names}, {n: other.get(n) for n in names}
-
-
-def _check_arrays(
-    where: str, groups: _Groups, shapes: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> None:
-    """Raises a ValueError for the first array that is not on both sides alike."""
-    saved = {path: shapes[str(i)] for i, paths in enumerate(groups) for path in paths}
-    for path in dict.fromkeys([*wanted, *saved]):
-        if path not in wanted or (path not in saved and wanted[path].size):
-            side = "here" if path in wanted else "in it"
-            raise ValueError(
-                f"{where} does not fit: {path!r} is only {side}; restore with what the state was "
-                f"made with, the optimizer too"
-            )
-        ours, theirs = wanted[path], saved.get(path)
-        if theirs is None:
-            continue
-        ours = jax.eval_shape(_numbers, ours)
-        if tuple(ours.shape) != tuple(theirs.shape[1:]):
-            raise ValueError(
-                f"{where} does not fit: {path!r} has shape {tuple(theirs.shape[1:])} in it and "
-                f"{tuple(ours.shape)} here"
-            )
-        kinds = {np.dtype(x.dtype) for x in (ours, theirs)}
-        if len(kinds) > 1 and not all(jnp.issubdtype(kind, np.floating) for kind in kinds):
-            raise ValueError(
-                f"{where} does not fit: {path!r} is {theirs.dtype} in it and {ours.dtype} here"
-            )

@@ -182,12 +182,50 @@ def test_which_are_kept(tmp_path):
         for step, accuracy in accuracies.items():
             best.save(step, state, metrics={"accuracy": jnp.float32(accuracy), "loss": 1.0})
         best.wait_until_finished()
-        assert (best.all_steps(), best.best_step(), best.latest_step()) == ((2, 3), 2, 3)
+        # The newest besides: a run that gets no better must not start over where it is killed.
+        assert (best.all_steps(), best.best_step(), best.latest_step()) == ((2, 3, 4), 2, 4)
         assert_same(best.restore(state, best=True)[0], state)
     with AdapterCheckpointer(tmp_path / "new", max_to_keep=2, save_interval_steps=2) as newest:
         assert [newest.save(step, state) for step in range(7)] == [True, False] * 3 + [True]
         newest.wait_until_finished()
         assert newest.all_steps() == (4, 6)
+
+
+def test_least_is_best(tmp_path):
+    with AdapterCheckpointer(
+        tmp_path, max_to_keep=1, best_metric="loss", best_mode="min"
+    ) as checkpointer:
+        for step, loss in enumerate((0.5, 0.2, 0.9, 0.4)):
+            checkpointer.save(step, state_of("no_state"), metrics={"loss": loss})
+        checkpointer.wait_until_finished()
+        assert (checkpointer.best_step(), checkpointer.all_steps()) == (1, (1, 3))
+
+
+def test_who_reads_leaves_a_save_of_another_alone(tmp_path):
+    state = state_of()
+    with AdapterCheckpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    begun = tmp_path / "2.orbax-checkpoint-tmp"
+    begun.mkdir()
+    with AdapterCheckpointer(tmp_path) as checkpointer:
+        assert_same(checkpointer.restore(blank(state))[0], state)
+        assert begun.is_dir()
+        # Who saves is the only one to: what it finds was begun by a process that is no more.
+        checkpointer.save(3, state)
+        checkpointer.wait_until_finished()
+        assert not begun.exists()
+        assert checkpointer.all_steps() == (1, 3)
+
+
+def test_a_save_compiles_once(tmp_path, caplog):
+    state = state_of()
+    with AdapterCheckpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+        with jax.log_compiles():
+            checkpointer.save(2, state)
+            assert "Compiling" not in caplog.text
+            jax.jit(lambda x: x + 1)(state.step)
+            assert "Compiling" in caplog.text
 
 
 def test_only_the_adapter_is_written(tmp_path):
@@ -232,6 +270,33 @@ class TestMistakes:
         with pytest.raises(ValueError, match="has a checkpoint of step 2"):
             one.save(2, state_of())
 
+    def test_a_step_before_the_newest(self, one):
+        for step in (0, 1):
+            with pytest.raises(ValueError, match=f"of step 2, and {step} is not after it: go on"):
+                one.save(step, state_of())
+        with pytest.raises(ValueError, match="number of steps, got -1"):
+            one.save(-1, state_of())
+
+    def test_a_key_of_another_generator(self, tmp_path):
+        with AdapterCheckpointer(tmp_path) as checkpointer:
+            checkpointer.save(1, state_of(key=jax.random.key(0, impl="rbg")))
+            like = state_of(key=jax.random.key(0, impl="unsafe_rbg"))
+            with pytest.raises(ValueError, match=r"'key' is key<rbg> in it and key<urbg> here"):
+                checkpointer.restore(like)
+
+    def test_best_where_none_was_measured(self, tmp_path):
+        with AdapterCheckpointer(tmp_path) as checkpointer:
+            checkpointer.save(4, state_of("no_state"), metrics={"loss": 1.0})
+        with AdapterCheckpointer(tmp_path, best_metric="accuracy") as checkpointer:
+            assert checkpointer.best_step() is None
+            with pytest.raises(FileNotFoundError, match=r"a metric 'accuracy'.*the steps 4"):
+                checkpointer.restore(state_of("no_state"), best=True)
+
+    def test_best_of_a_step(self, tmp_path):
+        checkpointer = AdapterCheckpointer(tmp_path, best_metric="accuracy")
+        with checkpointer, pytest.raises(ValueError, match="step=4 or best=True, not both"):
+            checkpointer.restore(state_of("no_state"), step=4, best=True)
+
     def test_another_config(self, one):
         config = peftjax.LoraConfig(r=2, lora_alpha=7, target_modules=["up", "down"])
         with pytest.raises(ValueError, match=r"of another config: lora_alpha is 5 in it and 7"):
@@ -259,6 +324,8 @@ class TestMistakes:
             for metrics in (None, {"loss": 1.0}):
                 with pytest.raises(ValueError, match="'accuracy', which is not among"):
                     checkpointer.save(1, state_of(), metrics=metrics)
+            with pytest.raises(ValueError, match="'accuracy', which is nan at step 1"):
+                checkpointer.save(1, state_of(), metrics={"accuracy": float("nan")})
             assert checkpointer.all_steps() == ()
 
     def test_best_of_no_metric(self, one):
@@ -268,6 +335,8 @@ class TestMistakes:
     def test_what_is_no_state(self, one):
         with pytest.raises(ValueError, match="of one adapter, and the state holds 2"):
             one.save(3, (adapter_of(), adapter_of()))
+        with pytest.raises(ValueError, match=r"'1' is a int: .* have to be JAX arrays"):
+            one.save(3, (adapter_of(), 3))
         with pytest.raises(ValueError, match="`data_position` must be a JSON value"):
             one.save(3, state_of(), data_position={1, 2})
         assert one.all_steps() == (2,)
