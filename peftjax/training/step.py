@@ -68,7 +68,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     shardings: Any = None,
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]:
+) -> jax.stages.Wrapped:
     """Makes the compiled step that trains an adapter.
 
     The state is donated: its arrays are overwritten in place, so that a step holds one copy of the
@@ -83,7 +83,9 @@ def make_train_step(
         they run one after the other, and their gradients and metrics are averaged. Each has a
         dropout of its own.
       shardings: where the state lies, as ``adapter_shardings(state, params)`` gives it; None
-        leaves it to the compiler. Under Explicit mesh axes it is not needed.
+        leaves it to the compiler. Under Explicit mesh axes it is not needed. What has another
+        ``memory_kind`` than the chips' own, such as an ``opt_state`` in ``"pinned_host"``, is
+        there between steps and on the chips during one.
 
     Returns:
       ``step(state, params, batch)``, which returns the next state and the metrics: ``loss``,
@@ -135,6 +137,7 @@ def make_train_step(
         return jax.grad(total, has_aux=True)(adapter.params)
 
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        state = _on_chips(state, shardings)
         if accumulate == 1:
             grads, (loss, metrics) = gradients(state, params, batch, 0)
         else:
@@ -153,6 +156,18 @@ def make_train_step(
 
     out = None if shardings is None else (shardings, None)
     return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _on_chips(state: TrainState, shardings: Any) -> TrainState:
+    """The state, of which nothing is left in the memory of the host."""
+
+    def fetched(array: Array, where: Any) -> Array:
+        own = next(iter(where.device_set)).default_memory().kind
+        if where.memory_kind in (None, own):
+            return array
+        return jax.device_put(array, where.with_memory_kind(own))
+
+    return state if shardings is None else jax.tree.map(fetched, state, shardings)
 
 
 def _parts(batch: Any, count: int) -> Any:

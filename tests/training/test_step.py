@@ -405,3 +405,30 @@ def test_errors():
         step = make_train_step(rows, optimizer, accumulate=parts)
         with pytest.raises(ValueError, match=rf"scalar, .* has shape \({8 // parts},\)"):
             step(state(), params, BATCH)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2), reason="its XLA cannot move sharded arrays from the host"
+)
+def test_an_optimizer_may_keep_its_state_in_host_memory():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    whole = NamedSharding(mesh, P())
+    params, batch = jax.device_put((mlp_params(), BATCH), whole)
+    state = init_train_state(drawn(), adam())
+    shardings = adapter_shardings(state, params)
+
+    def to_host(tree):
+        return jax.tree.map(lambda where: where.with_memory_kind("pinned_host"), tree)
+
+    hosted = TrainState(
+        shardings.adapter, to_host(shardings.opt_state), shardings.step, shardings.key
+    )
+    ends = []
+    for where in (shardings, hosted):
+        step = make_train_step(loss_fn, adam(), shardings=where)
+        own = jax.device_put(init_train_state(drawn(), adam()), where)
+        own, _ = run(step, own, params, batch, 2)
+        ends.append(own)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(ends[1].opt_state)} == {"pinned_host"}
+    assert "pinned_host" not in {x.sharding.memory_kind for x in jax.tree.leaves(ends[1].adapter)}
+    chex.assert_trees_all_equal(*map(jax.device_get, ends))
