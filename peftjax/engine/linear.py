@@ -58,8 +58,11 @@ class Linear:
     row_y: int | None = None
 
 
-def apply(linear: Linear, layers: Sequence[Layer], x: Any) -> jax.Array:
-    """The use of the weight as all layers change it, in the dtype sums run in."""
+def apply(linear: Linear, layers: Sequence[Layer], x: Any, beside: Any) -> jax.Array:
+    """The use of the weight as all layers change it, in the dtype sums run in.
+
+    ``beside`` is x once more, for the factors.
+    """
     if not layers:
         y = linear.base(x)
         return y.astype(accumulation_dtype(y.dtype))
@@ -67,16 +70,20 @@ def apply(linear: Linear, layers: Sequence[Layer], x: Any) -> jax.Array:
     f, own = layer.factors, _routed(linear, layer.route)
     if linear.transposed:
         if f.out_scale is not None:
-            x = own.scale_x(x, f.out_scale)
-        y = apply(linear, inner, x)
+            x = beside = own.scale_x(x, f.out_scale)
+        y = apply(linear, inner, x, beside)
         if f.in_scale is not None:
             y = own.scale_y(y, f.in_scale)
         if f.A is None or f.B is None:
             return y
-        return _add(y, own.product(_dropped(x, layer), f.B, f.A, layer.route))
-    y = apply(linear, inner, x if f.in_scale is None else own.scale_x(x, f.in_scale))
+        return _add(y, own.product(_dropped(beside, layer), f.B, f.A, layer.route))
+    if f.in_scale is None:
+        y = apply(linear, inner, x, beside)
+    else:
+        scaled = own.scale_x(x, f.in_scale)
+        y = apply(linear, inner, scaled, scaled)
     if f.A is not None and f.B is not None:
-        y = _add(y, own.product(_dropped(x, layer), f.A, f.B, layer.route))
+        y = _add(y, own.product(_dropped(beside, layer), f.A, f.B, layer.route))
     y = y if f.out_scale is None else own.scale_y(y, f.out_scale)
     return y if layer.shift is None else own.shift_y(y, layer.shift)
 

@@ -25,6 +25,7 @@ def replay(
     marked: dict[compat.Var, View | Result] = {}
     values: dict[compat.Var, Any] = {}
     waiting: list[compat.Eqn] = []
+    copies: dict[int, tuple[Any, Any]] = {}
 
     def write(var: compat.Var, value: Any) -> None:
         if isinstance(value, View | Result):
@@ -63,14 +64,16 @@ def replay(
             continue
         run_waiting()
         with compat.equation_context(eqn):
-            outs = _equation(trace, eqn, [read(atom) for atom in eqn.invars])
+            outs = _equation(trace, eqn, [read(atom) for atom in eqn.invars], copies)
         for var, out in zip(eqn.outvars, outs, strict=True):
             write(var, out)
     run_waiting()
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _equation(trace: Trace, eqn: compat.Eqn, operands: list[Any]) -> Sequence[Any]:
+def _equation(
+    trace: Trace, eqn: compat.Eqn, operands: list[Any], copies: dict[int, tuple[Any, Any]]
+) -> Sequence[Any]:
     """One equation that marks enter: nested, a step, a linear use, or none of these."""
     name = eqn.primitive.name
     reason = "no rule follows a weight through it"
@@ -85,7 +88,7 @@ def _equation(trace: Trace, eqn: compat.Eqn, operands: list[Any]) -> Sequence[An
         if stepped is not None:
             return stepped
     if positions and name in RULES:
-        used = _use(trace, eqn, operands, positions)
+        used = _use(trace, eqn, operands, positions, copies)
         if not isinstance(used, str):
             return used
         reason = used
@@ -120,7 +123,11 @@ def _step(eqn: compat.Eqn, operands: list[Any], position: int) -> list[View] | N
 
 
 def _use(
-    trace: Trace, eqn: compat.Eqn, operands: list[Any], positions: list[int]
+    trace: Trace,
+    eqn: compat.Eqn,
+    operands: list[Any],
+    positions: list[int],
+    copies: dict[int, tuple[Any, Any]],
 ) -> list[Any] | str:
     """The result of a linear use, or why the factors cannot be applied to it."""
     rule = RULES[eqn.primitive.name]
@@ -158,7 +165,8 @@ def _use(
     tokens = use.tokens * view.times
     trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, "", tokens))
     try:
-        y = apply(use, fold_in(view, trace.number(eqn)).layers, x).astype(out.dtype)
+        layers = fold_in(view, trace.number(eqn)).layers
+        y = apply(use, layers, x, _copy(x, copies) if layers else x).astype(out.dtype)
     except RouteError as error:
         raise RouteError(
             f"{trace.names[view.leaf]} meets {eqn.primitive.name} as {met(view)}: "
@@ -169,6 +177,19 @@ def _use(
         return [y]
     inputs[position] = packed.dense(view.base)
     return [_result(eqn, view, rule, position, inputs, y)]
+
+
+def _copy(x: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
+    """A copy of what meets a weight, for the factors: one for all weights that it meets.
+
+    It costs nothing, and parts the cotangents. On a mesh those of the weights are partial sums,
+    which are sent once, as their sum, unless cotangents of factors are added in between.
+    """
+    if not isinstance(x, jax.Array):
+        return x
+    if id(x) not in copies:
+        copies[id(x)] = x, jnp.copy(x)
+    return copies[id(x)][1]
 
 
 def _evaluated(eqn: compat.Eqn, bases: list[Any]) -> jax.Array:
