@@ -33,6 +33,10 @@ def quantize_base(params: Any, sites: Sites, qtype: QType) -> Any:
     ``init_adapter`` and ``adapt`` take the quantised params as they would the others; so does
     ``adapt(apply_fn)(params, None, ...)``, which the plain ``apply_fn`` cannot.
 
+    On a mesh that splits weights to save memory (FSDP), a model that says where a weight is whole,
+    with ``jax.lax.with_sharding_constraint`` or ``jax.reshard``, has its integers sent there;
+    otherwise XLA may unpack each shard first, and send that.
+
     Args:
       params: the base's params.
       sites: what ``find_sites`` found in them. Those are quantised that

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import chex
 import jax
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import qwix
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from models import EverythingConfig, normal, redraw
 from zoo import CASES
 
@@ -331,6 +334,55 @@ def test_dropout_draws_the_same():
     packed = quantize_base(BLOCK, sites, "int8")
     got, want = (adapt(block)(base, adapter, X) for base in (packed, dense(packed)))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("qtype", ["int8", "nf4"])
+def test_integers_are_sent_where_a_weight_is_gathered(qtype, kind):
+    explicit = kind is AxisType.Explicit
+    whole = jax.reshard if explicit else lax.with_sharding_constraint
+
+    def model(params, x, mesh=True):
+        def layer(x, own):
+            up, down = (whole(own[n], P(None, None)) if mesh else own[n] for n in ("up", "down"))
+            return x + jnp.tanh(x @ up) @ down, None
+
+        return lax.scan(jax.checkpoint(layer), x, params)[0]
+
+    # A block of either weight for each device, and more than one.
+    params = {"up": normal(2, 512, 264, seed=1), "down": normal(2, 264, 512, seed=2)}
+    x = normal(8, 512, seed=3)
+    single = functools.partial(model, mesh=False)
+    sites = find_sites(single, params, x)
+    packed = quantize_base(params, sites, qtype)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=lambda site: True)
+    adapter = init_adapter(KEY, config, sites)
+    adapter = adapter.replace(params=jax.tree.map(lambda x: x / 8, redraw(adapter.params)))
+
+    def slopes(apply_fn, trainable, base, x):
+        def loss(trainable):
+            return jnp.sin(adapt(apply_fn)(base, adapter.replace(params=trainable), x)).mean()
+
+        return jax.value_and_grad(loss)(trainable)
+
+    want = slopes(single, adapter.params, dense(packed), x)
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(kind,))
+
+    def split(array):
+        spec = P(None, "fsdp", None) if array.shape[1] % 4 == 0 else P()
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(x, NamedSharding(mesh, P("fsdp", None)))
+        base = jax.tree.map(split, packed)
+        run = jax.jit(slopes, static_argnums=0)
+        text = run.lower(model, adapter.params, base, rows).compile().as_text()
+        got = run(model, adapter.params, base, rows)
+    assert error(got, want) < 1e-5
+    sent = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
+    sizes = [(dtype, math.prod(map(int, shape.split(",")))) for dtype, shape in sent]
+    assert {dtype for dtype, size in sizes if size >= 512 * 264} <= {"s8", "u8", "s4", "u4"}
+    assert sum(size >= 512 * 264 for _, size in sizes) >= 2
 
 
 class TestMistakes:

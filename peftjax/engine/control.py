@@ -57,18 +57,17 @@ def _relabel(x: Any, rename: Callable[[int], int]) -> Any:
 def _constrain(values: list[Any], shardings: Sequence[Any]) -> list[Any]:
     """The shardings a nested jit asks for, which inside a jit are constraints."""
 
+    def moved(base: Any, sharding: Any) -> Any:
+        return packed.laid_out(base, sharding, lax.with_sharding_constraint)
+
     def constrained(x: Any, sharding: Any) -> Any:
         if not isinstance(sharding, Sharding):
             return x
-
-        def moved(array: jax.Array) -> jax.Array:
-            return lax.with_sharding_constraint(array, sharding)
-
         if isinstance(x, View):
-            return dataclasses.replace(x, base=packed.constrained(x.base, moved))
+            return dataclasses.replace(x, base=moved(x.base, sharding))
         if isinstance(x, Result):
-            return dataclasses.replace(x, value=moved(x.value))
-        return moved(x)
+            return dataclasses.replace(x, value=moved(x.value, sharding))
+        return moved(x, sharding)
 
     return [constrained(x, sharding) for x, sharding in zip(values, shardings, strict=True)]
 

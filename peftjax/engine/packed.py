@@ -6,14 +6,14 @@ step would tear blocks of one scale apart, the scale is spread over them first.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from peftjax.engine import compat
@@ -191,11 +191,27 @@ def multiplied(base: Base, by: Callable[[Array], Array]) -> Base:
     return by(base)
 
 
-def constrained(base: Base, constrain: Callable[[Array], Array]) -> Base:
-    """The weight, its place on a mesh constrained; its scales follow."""
-    if isinstance(base, Packed):
-        return dataclasses.replace(base, codes=constrain(base.codes))
-    return constrain(base)
+def laid_out(base: Base, where: Any, move: Callable[[Array, Any], Array]) -> Base:
+    """The weight moved on a mesh; its scales lie as it does, along the axes that they have."""
+    if not isinstance(base, Packed):
+        return move(base, where)
+
+    def part(array: Array) -> Array:
+        if not isinstance(where, NamedSharding):
+            return array
+        sizes = zip(where.spec, array.shape, base.shape, strict=False)
+        spec = [_fitting(split, n, whole, where.mesh.shape) for split, n, whole in sizes]
+        return move(array, where.update(spec=PartitionSpec(*spec)))
+
+    return dataclasses.replace(base.each_scale(part), codes=move(base.codes, where))
+
+
+def _fitting(split: Any, n: int, whole: int, mesh: Mapping[str, int]) -> Any:
+    """The split of an axis for an array that has as many or fewer entries along it."""
+    if n == whole or split is None or split is PartitionSpec.UNCONSTRAINED:
+        return split
+    names = split if isinstance(split, tuple) else (split,)
+    return None if n % math.prod(mesh[name] for name in names) else split
 
 
 def cut(
@@ -239,8 +255,12 @@ def step(base: Packed, name: str, params: dict[str, Any], rerun: Callable[[Array
             return base
         case "pcast" | "pvary":
             return base.each(rerun)
-        case "reshard" | "sharding_constraint":
-            return constrained(base, rerun)
+        case "reshard":
+            return laid_out(base, params["dst_sharding"], jax.reshard)
+        case "sharding_constraint" if not params["unconstrained_dims"]:
+            return laid_out(base, params["sharding"], lax.with_sharding_constraint)
+        case "sharding_constraint":
+            return dataclasses.replace(base, codes=rerun(base.codes))
     return rerun(dense(base))
 
 
