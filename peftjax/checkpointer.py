@@ -36,11 +36,12 @@ class AdapterCheckpointer:
     position in the data. It appears under its name only when all of it is written, so that a
     process killed at any moment leaves the last complete one; what was begun is cleared away by the
     first ``save`` of the next. One process alone may save in a directory at a time, and any may
-    read. In a run of several processes (``jax.distributed``) each of them has
-    to make every call, and writes its own shards.
+    read. In a run of several processes (``jax.distributed``) each of them has to make every call,
+    and writes its own shards.
 
     Args:
-      directory: where the checkpoints are; made if it does not exist.
+      directory: where the checkpoints are, such as a ``gs://`` bucket that all processes reach;
+        made if it does not exist.
       max_to_keep: how many to keep; None keeps all. The best are kept where there is a metric, and
         besides always the newest, to go on from; otherwise the newest.
       best_metric: the metric that says which is best.
@@ -83,7 +84,7 @@ class AdapterCheckpointer:
         for name, value in numbers.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of 1 or more, got {value!r}")
-        self._directory = Path(directory).absolute()
+        self._directory = _located(directory)
         self._best_metric = best_metric
         policies = ocp.checkpoint_managers
         keep: list[policies.PreservationPolicy] = [policies.LatestN(max_to_keep)]
@@ -285,6 +286,11 @@ class AdapterCheckpointer:
                 f"{', '.join(map(str, self.all_steps())) or 'none'}"
             )
         return found
+
+
+def _located(directory: str | Path) -> str:
+    """A directory as Orbax takes it: with a scheme (``gs://``) as it is, otherwise absolute."""
+    return str(directory) if "://" in str(directory) else str(Path(directory).absolute())
 
 
 def _is_adapter(node: Any) -> bool:

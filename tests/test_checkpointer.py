@@ -1,5 +1,7 @@
 """Checkpoints of training runs: bit for bit, on any mesh, and never a broken one."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from models import normal, redraw
 
 import peftjax
 from peftjax import AdapterCheckpointer
+from peftjax import checkpointer as checkpointer_module
 
 KEY = jax.random.key(0)
 PARAMS = {"up": {"kernel": normal(8, 16)}, "down": {"kernel": normal(16, 8, seed=1)}}
@@ -347,3 +350,9 @@ class TestMistakes:
     def test_settings(self, settings, tmp_path):
         with pytest.raises(ValueError, match=f"`{next(iter(settings))}` must be"):
             AdapterCheckpointer(tmp_path, **settings)
+
+
+def test_buckets_keep_their_names(tmp_path, monkeypatch):
+    assert checkpointer_module._located("gs://bucket/run") == "gs://bucket/run"
+    monkeypatch.chdir(tmp_path)
+    assert checkpointer_module._located(Path("run")) == str(tmp_path / "run")
