@@ -301,9 +301,27 @@ def markdown(result: dict) -> str:
         shown = table(rows, topology)
         heads = [str(column.header) for column in shown.columns]
         cells = zip(*(list(column.cells) for column in shown.columns), strict=True)
-        lines += [f"\n{topology}\n", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        lines += [f"| {' | '.join(map(str, each))} |" for each in cells]
+        lines += [f"\n`{topology}`, one chip:\n", *_markdown(heads, cells)]
+        kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row["collectives"]))
+        none = {"count": 0, "bytes": 0}
+        sent = [
+            [
+                name,
+                *(
+                    f"{own['count']:,} x, {own['bytes'] / 1e9:.3f}"
+                    for own in (row["collectives"].get(kind, none) for kind in kinds)
+                ),
+            ]
+            for name, row in rows.items()
+        ]
+        lines += ["\nHow often each kind runs, and the GB it sends:\n"]
+        lines += _markdown(["program", *kinds], sent)
     return "\n".join(lines)
+
+
+def _markdown(heads, rows) -> list[str]:
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return [*lines, *(f"| {' | '.join(map(str, each))} |" for each in rows)]
 
 
 def main() -> None:
