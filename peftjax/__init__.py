@@ -1,12 +1,13 @@
 """Functional adapters for any JAX model, in the language of Hugging Face PEFT."""
 
+from typing import TYPE_CHECKING, Any
+
 from peftjax.adapt import adapt as adapt
 from peftjax.adapter import Adapter as Adapter
 from peftjax.adapter import init_adapter as init_adapter
 from peftjax.algebra.combining import combine_adapters as combine_adapters
 from peftjax.algebra.conversion import convert_to_lora as convert_to_lora
 from peftjax.algebra.conversion import pad_ranks as pad_ranks
-from peftjax.checkpointer import AdapterCheckpointer as AdapterCheckpointer
 from peftjax.engine.trace import FallbackError as FallbackError
 from peftjax.first_pass import xlora_scalings as xlora_scalings
 from peftjax.frameworks import from_linen as from_linen
@@ -52,3 +53,15 @@ from peftjax.training import make_train_step as make_train_step
 from peftjax.training import prune as prune
 from peftjax.training import rank_allocator as rank_allocator
 from peftjax.training import ranks as ranks
+
+if TYPE_CHECKING:
+    from peftjax.checkpointer import AdapterCheckpointer as AdapterCheckpointer
+
+
+def __getattr__(name: str) -> Any:
+    """Imports Orbax when it is wanted, not for everyone who adapts a model."""
+    if name == "AdapterCheckpointer":
+        from peftjax.checkpointer import AdapterCheckpointer
+
+        return AdapterCheckpointer
+    raise AttributeError(f"module 'peftjax' has no attribute {name!r}")
