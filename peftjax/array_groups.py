@@ -1,12 +1,13 @@
 """Many small arrays as few: those that are alike, on one new axis, for a checkpoint to hold."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array
 
 # Arrays that are alike are written as one: Orbax spends some hundred bytes on each.
@@ -29,9 +30,17 @@ def stacked(arrays: Mapping[str, Any], groups: Groups) -> dict[str, Array]:
     def stack(paths: list[str]) -> Array:
         own = [_numbers(arrays[path]) for path in paths]
         where = _ahead(getattr(own[0], "sharding", None))
-        return jax.jit(_stack, out_shardings=where)(*own)
+        with _mesh_of(where):
+            return jax.jit(_stack, out_shardings=where)(*own)
 
     return {str(i): stack(paths) for i, paths in enumerate(groups)}
+
+
+def _mesh_of(where: Any) -> AbstractContextManager[Any]:
+    """A context in which a program may run on one device, whatever mesh is set outside of it."""
+    if not isinstance(where, SingleDeviceSharding):
+        return nullcontext()
+    return jax.set_mesh(Mesh(list(where.device_set), ("alone",)))
 
 
 def _stack(*arrays: Array) -> Array:
@@ -45,9 +54,10 @@ def as_stacked(
     """The shapes of the stacked arrays, each where the first of its group is wanted."""
 
     def shape(saved: Any, paths: list[str]) -> jax.ShapeDtypeStruct:
-        where = getattr(like[paths[0]], "sharding", None)
+        places = [_place(like[path]) for path in paths]
         # Without one Orbax would take the sharding of the machine that saved.
-        where = _ahead(where) or SingleDeviceSharding(jax.local_devices()[0])
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        where = here if None in places else _ahead(places[0])
         return jax.ShapeDtypeStruct(saved.shape, saved.dtype, sharding=where)
 
     return {str(i): shape(shapes[str(i)], paths) for i, paths in enumerate(groups)}
@@ -63,17 +73,27 @@ def unstacked(
     for i, paths in enumerate(groups):
         wanted = [like[path] for path in paths]
 
-        def split(whole: Array, wanted: list[Any] = wanted) -> list[Array]:
+        def split(whole: Any, wanted: list[Any] = wanted) -> list[Array]:
             return [_as_wanted(whole[n], x) for n, x in enumerate(wanted)]
 
-        own = zip(paths, wanted, jax.jit(split)(stacked[str(i)]), strict=True)
-        for path, x, array in own:
-            where = getattr(x, "sharding", None)
-            arrays[path] = array if where is None else jax.device_put(array, where)
+        whole: Any = stacked[str(i)]
+        if isinstance(whole.sharding, SingleDeviceSharding):
+            # A program would bind them to that device, and refuse to run where a mesh is set.
+            own = split(np.asarray(whole))
+        else:
+            own = jax.jit(split)(whole)
+        for path, x, array in zip(paths, wanted, own, strict=True):
+            where = _place(x)
+            arrays[path] = jnp.asarray(array) if where is None else jax.device_put(array, where)
     return arrays
 
 
-def _as_wanted(array: Array, like: Any) -> Array:
+def _place(like: Any) -> Any:
+    """Where an array is wanted; None for one that goes along with the others on any mesh."""
+    return getattr(like, "sharding", None) if getattr(like, "committed", True) else None
+
+
+def _as_wanted(array: Any, like: Any) -> Any:
     if not _is_key(like):
         return array.astype(like.dtype)
     # Inside a trace alone the shape of a key says what generator it is for.

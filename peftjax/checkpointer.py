@@ -43,7 +43,8 @@ class AdapterCheckpointer:
       directory: where the checkpoints are, such as a ``gs://`` bucket that all processes reach;
         made if it does not exist.
       max_to_keep: how many to keep; None keeps all. The best are kept where there is a metric, and
-        besides always the newest, to go on from; otherwise the newest.
+        besides always the newest, to go on from, but none without that metric; otherwise the
+        newest.
       best_metric: the metric that says which is best.
       best_mode: whether the largest is best, ``"max"``, or the smallest, ``"min"``.
       save_interval_steps: of the calls of ``save``, those are heeded whose step is a multiple, and
@@ -95,7 +96,11 @@ class AdapterCheckpointer:
             keep = [
                 policies.LatestN(None if max_to_keep is None else 1),
                 policies.BestN(
-                    get_metric_fn=best["best_fn"], reverse=not worst_first, n=max_to_keep
+                    get_metric_fn=best["best_fn"],
+                    reverse=not worst_first,
+                    n=max_to_keep,
+                    # One that has lost its metric was being removed when its process was killed.
+                    keep_checkpoints_without_metrics=False,
                 ),
             ]
         self._options = ocp.CheckpointManagerOptions(
@@ -195,8 +200,9 @@ class AdapterCheckpointer:
 
         Args:
           like: a tree as it was saved, for the same model and config. Its leaves may be
-            ``jax.ShapeDtypeStruct``s; where they have a sharding, the result has it too, and
-            floating arrays get their dtype. An adapter alone reads the adapter of a larger state.
+            ``jax.ShapeDtypeStruct``s; where they have a sharding, the result has it too. What is
+            bound to no device is placed as JAX places a new array, and goes along with any mesh.
+            Floating arrays get their dtype. An adapter alone reads the adapter of a larger state.
           step: which checkpoint; by default the newest complete one.
           best: take the best one instead.
 

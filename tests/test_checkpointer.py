@@ -1,5 +1,8 @@
 """Checkpoints of training runs: bit for bit, on any mesh, and never a broken one."""
 
+import contextlib
+import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -166,6 +169,32 @@ def test_from_one_mesh_to_another(kind, tmp_path):
         assert {x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(alone)} == {True}
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_bound_to_no_device_goes_along_with_a_mesh(inside, tmp_path):
+    """The step, the key and counts of a fresh state, beside an adapter that is split."""
+    mesh = mesh_of((2, 4), AxisType.Auto)
+    adapter = laid_out(adapter_of(), mesh)
+    state = peftjax.init_train_state(adapter, optax.adam(1e-2), KEY)
+    shapes = jax.eval_shape(lambda: state)
+    total = jax.jit(lambda state: sum(x.sum() for x in numbers(state)).astype(jnp.float32))
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.set_mesh(mesh) if inside else contextlib.nullcontext(),
+        AdapterCheckpointer(tmp_path) as checkpointer,
+    ):
+        checkpointer.save(1, state)
+        want = total(state)
+        got, _ = checkpointer.restore(state)
+        assert_same(got, state)
+        if not inside:  # inside, JAX places what is new on the mesh
+            before, after = ([x.committed for x in jax.tree.leaves(t)] for t in (state, got))
+            assert after == before
+        assert total(got) == want
+        unplaced, _ = checkpointer.restore(dataclasses.replace(shapes, adapter=adapter))
+        assert_same(unplaced, state)
+        assert total(unplaced) == want
+
+
 def test_in_another_dtype(tmp_path):
     state = state_of()
 
@@ -202,6 +231,20 @@ def test_least_is_best(tmp_path):
             checkpointer.save(step, state_of("no_state"), metrics={"loss": loss})
         checkpointer.wait_until_finished()
         assert (checkpointer.best_step(), checkpointer.all_steps()) == (1, (1, 3))
+
+
+def test_what_a_kill_left_half_removed_is_removed(tmp_path):
+    state = state_of("no_state")
+    with AdapterCheckpointer(tmp_path, best_metric="accuracy") as checkpointer:
+        for step, accuracy in ((1, 0.1), (2, 0.9), (3, 0.5)):
+            checkpointer.save(step, state, metrics={"accuracy": accuracy})
+    shutil.rmtree(tmp_path / "1" / "metrics")
+    with AdapterCheckpointer(tmp_path, best_metric="accuracy", max_to_keep=1) as checkpointer:
+        assert_same(checkpointer.restore(blank(state), best=True)[0], state)
+        for step in (4, 5):
+            checkpointer.save(step, state, metrics={"accuracy": 0.2})
+        checkpointer.wait_until_finished()
+        assert (checkpointer.all_steps(), checkpointer.best_step()) == ((2, 5), 2)
 
 
 def test_who_reads_leaves_a_save_of_another_alone(tmp_path):
