@@ -28,7 +28,7 @@ from rich.progress import track
 import peftjax
 
 WIDTH, LAYERS, RANK = 256, 12, 16
-SAVES = 6  # over how many saves the moments are spread
+SAVES = 3  # over how many saves the moments are spread
 
 
 @functools.cache
@@ -96,7 +96,7 @@ class Kill:
 def kill_once(directory: pathlib.Path, rng: random.Random, seconds: float) -> Kill:
     """Starts a child, kills it after at most so many seconds of saving, and looks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peftjax", "rich.progress"])
+    context.set_forkserver_preload(["peftjax.checkpointer", "rich.progress"])
     told, tells = context.Pipe(duplex=False)
     child = context.Process(target=save_on_and_on, args=(str(directory), tells), daemon=True)
     child.start()

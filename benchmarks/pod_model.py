@@ -54,6 +54,18 @@ def constrained(x: Any, *spec: Any) -> Any:
     return lax.with_sharding_constraint(x, P(*spec))
 
 
+def whole(variables: Any) -> Any:
+    """A layer's weights as they are used: gathered along "fsdp", split along "tensor" alone.
+
+    Without this a weight that is quantised is unpacked where it lies and sent in bfloat16.
+    """
+
+    def gathered(spec: P, x: Any) -> Any:
+        return constrained(x, *[None if axis == "fsdp" else axis for axis in spec[1:]])
+
+    return {"params": jax.tree.map(gathered, SPECS["layers"], variables["params"])}
+
+
 def linear(name: str, features: Any, axis: Any = -1) -> nn.Module:
     dtype = jnp.bfloat16
     return nn.DenseGeneral(
@@ -131,7 +143,7 @@ class Decoder(nn.Module):
         x = nn.Embed(own.words, own.width, dtype=dtype, param_dtype=dtype, name="embed")(ids)
         x = constrained(x if shift is None else x + shift, "fsdp", None, None)
         layers = nn.scan(
-            nn.remat(Block, prevent_cse=False),
+            nn.remat(nn.map_variables(Block, "params", whole, init=True), prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=own.layers,

@@ -31,10 +31,10 @@ def launch(tmp_path):
     running = []
 
     def start(shape, *options, processes=2):
-        flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+        # Of a flag given twice the last counts.
         environment = {
             **os.environ,
-            "XLA_FLAGS": flags,
+            "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
@@ -109,7 +109,7 @@ def test_two_processes_train_as_one(launch, tmp_path, alone):
 def test_a_killed_run_goes_on_from_its_last_checkpoint_on_another_mesh(launch, tmp_path, alone):
     running = launch((2, 2), "--hold", HOLD)
     limit = time.monotonic() + SECONDS
-    while HOLD not in logged(tmp_path, 1):
+    while not all(HOLD in logged(tmp_path, process) for process in (0, 1)):
         assert time.monotonic() < limit, said(tmp_path)
         assert all(process.poll() is None for process in running), said(tmp_path)
         time.sleep(0.1)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from zoo_case import Draw, Model, case, conv, dense, lookup
 
@@ -69,6 +70,11 @@ def nnx_linear(draw):
     promotion="standard",
 )
 def nnx_attention(draw):
+    def attend(query, key, value, **_):
+        # Flax's default is JAX's own attention, whose softmax is in single precision always.
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", query, key))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
     def make(rngs):
         return nnx.MultiHeadAttention(
             num_heads=2,
@@ -76,6 +82,7 @@ def nnx_attention(draw):
             qkv_features=8,
             out_features=7,
             decode=False,
+            attention_fn=attend,
             **typed(draw, rngs),
         )
 
