@@ -4,7 +4,7 @@ The base's gradient is that of all its params; the floor is the same linen model
 bias after each adapted weight. All three run in turn, so that a drifting machine moves them alike;
 medians of the ratios are printed.
 
-    python benchmarks/compile_time.py [--layers 24] [--rounds 5]
+    python -m benchmarks.compile_time [--layers 24] [--rounds 5]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Kills a process at random moments while it saves checkpoints, and looks at what is left.
 
-    python benchmarks/kill_saves.py --kills 100
+    python -m benchmarks.kill_saves --kills 100
 
 A child trains nothing: it saves one checkpoint after the other, the arrays of each told by its
 step, and goes on from the newest it finds. After every kill the newest checkpoint has to be there,

@@ -4,7 +4,7 @@ A transformer block with LoRA on every linear layer runs forward in three ways, 
 drifting machine moves them alike: without an adapter, with one for all rows, and with one for each
 row. Medians of the ratios are printed, and FLOPs and bytes as XLA counts them.
 
-    python benchmarks/rows.py [--rows 64] [--rounds 15] [--width 1024]
+    python -m benchmarks.rows [--rows 64] [--rounds 15] [--width 1024]
 """
 
 import argparse

@@ -5,7 +5,7 @@ compiled for a pod's topology, with FSDP x tensor sharding, and what one chip ho
 sends is read off the compiled program. Nothing of the model is ever in memory. It needs
 `pip install "jax[tpu]"`, for the compiler alone, and a minute a method.
 
-    python benchmarks/tpu_pod.py --topologies v5e:16x16 v5p:4x4x4 --methods lora hra --json pod.json
+    python -m benchmarks.tpu_pod --topologies v5e:16x16 v5p:4x4x4 --methods lora hra --json pod.json
 
 The floor of a method is the gradient with respect to one vector that is added to all embeddings:
 forward, rematerialised, and backward through every activation, without the gradient of any weight.
@@ -29,19 +29,19 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-import hlo
 import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
-from pod_model import SPECS, Decoder, Shape, loss
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import peftjax
+from benchmarks import hlo
+from benchmarks.pod_model import SPECS, Decoder, Shape, loss
 
 # Every collective stands in the program once, as what it is: neither cut into the turns of a loop
 # around a product nor spread over the fusions it runs beside. That moves when it is sent, not what.

@@ -1,14 +1,10 @@
 """A process that is killed while it saves loses nothing that was complete."""
 
-import pathlib
-import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
-import kill_saves
+from benchmarks import kill_saves
 
 
 def test_twenty_kills(tmp_path):
-    """As many as fit; `benchmarks/kill_saves.py` does a hundred."""
+    """As many as fit; `python -m benchmarks.kill_saves` does a hundred."""
     met = list(kill_saves.kills(tmp_path, 20, seed=0))
     assert all(kill.lost_nothing for kill in met), met
     assert sum(kill.inside for kill in met) >= 5, "the moments hardly met a save"

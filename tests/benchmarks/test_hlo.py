@@ -1,8 +1,5 @@
 """The cost read off HLO text, against XLA's own analysis and against programs without loops."""
 
-import pathlib
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -10,8 +7,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
-import hlo
+from benchmarks import hlo
 
 LAYERS, ROWS, WIDTH, HIDDEN = 3, 16, 24, 40
 
