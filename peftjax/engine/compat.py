@@ -109,6 +109,12 @@ def mesh_of(x: Any) -> Any:
     return getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
 
 
+def on_mesh(x: Any) -> bool:
+    """Whether ``x`` may be split: its type has a mesh, or one is set."""
+    mesh = mesh_of(x)
+    return not ((mesh is None or mesh.empty) and jax.sharding.get_abstract_mesh().empty)
+
+
 def automatic(function: Callable, like: jax.Array, specs: Callable[[Any], Any]) -> Callable:
     """``function`` with the Explicit axes of the mesh of ``like`` left to the compiler inside.
 

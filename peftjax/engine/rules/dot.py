@@ -77,11 +77,21 @@ def linear(
         along_stack = [list(batch_w).index(axis) for axis in view.dims("stack")]
         free = range(n_batch, inner.ndim - 1)
         inner = gated(inner, route, free, stack=along_stack).astype(x.dtype)
+        stack, tokens = inner.shape[:n_batch], inner.shape[n_batch:-1]
+        # The gradient of the second factor is a sum over the tokens. One over several axes makes
+        # XLA lay out all that it sums anew on a CPU; axes that a mesh may split stay as they are.
+        joined = len(tokens) > 1 and not compat.on_mesh(inner)
+        if joined:
+            inner = inner.reshape(*stack, math.prod(tokens), inner.shape[-1])
         numbers = (
             ([inner.ndim - 1], [second_dims.index(None)]),
             (list(range(n_batch)), [second_dims.index(axis) for axis in batch_w]),
         )
-        return multiply(inner, second, numbers, out_sharding=spec and out_spec, **options)
+        y = multiply(inner, second, numbers, out_sharding=spec and out_spec, **options)
+        if not joined:
+            return y
+        kept = [n for n, axis in zip(second.shape, second_dims, strict=True) if axis in free_w]
+        return y.reshape(*stack, *((*tokens, *kept) if position == 1 else (*kept, *tokens)))
 
     def axis_of_y(axis: int, y_ndim: int) -> int:
         if axis in batch_w:
