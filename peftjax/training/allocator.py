@@ -63,10 +63,12 @@ def rank_allocator(
     of it is part of the traced step: nothing is compiled twice, no number goes to the host, and
     the statistics are float32 for any dtype. A gradient that is not finite leaves them as they are.
 
-    It has to see the final updates: put everything else inside, as in
-    ``rank_allocator(optax.chain(clip, adamw), adapter)``; only ``optax.MultiSteps`` goes around it,
-    and ``optax.partition``, which gives it the part of the params that holds the triplets. Where
-    something around it has changed its updates, ``ranks`` and ``prune`` raise.
+    It has to see the final updates: nothing may change them after it, and where something has,
+    ``ranks`` and ``prune`` raise. ``optax.MultiSteps`` goes around it, and ``optax.partition``,
+    which gives it the part of the params that holds the triplets. What changes gradients may come
+    before it: after ``optax.chain(clip, rank_allocator(adamw, adapter))`` importance is that of
+    clipped gradients, as in a PEFT loop that clips, and ``rank_allocator(optax.chain(clip, adamw),
+    adapter)`` weighs all steps by the gradients as they are.
 
     Args:
       inner: any optimizer.

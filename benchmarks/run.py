@@ -1,0 +1,105 @@
+"""Runs the benchmarks: JSON, a table and pictures of each, into ``benchmarks/results``.
+
+    python -m benchmarks.run [--only NAME ...] [--quick] [--output DIRECTORY]
+
+A full run also puts its tables into ``benchmarks/README.md``. It wants an idle machine: times are
+ratios within the run, of functions called in turns, but two programs on one core disturb any ratio.
+``--quick`` computes the same on small models, for what does not depend on the machine: it fails
+where a ratio of FLOPs or bytes leaves its bound. No bound is ever on a time.
+"""
+
+import importlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+from rich.console import Console
+from rich.markdown import Markdown
+
+HERE = Path(__file__).parent
+Name = Literal["torch", "qwix"]
+MODULES = {"torch": "against_torch", "qwix": "against_qwix"}
+PACKAGES = ("jax", "flax", "torch", "peft", "qwix", "transformers")
+
+
+def run(
+    only: Annotated[tuple[Name, ...], tyro.conf.arg(help="which ones; all unless told")] = (),
+    quick: Annotated[
+        bool, tyro.conf.arg(help="small models, and bounds on FLOPs and bytes")
+    ] = False,
+    output: Annotated[Path, tyro.conf.arg(help="where results go")] = HERE / "results",
+) -> int:
+    """Runs benchmarks side by side in one process, and writes what they measured."""
+    console = Console()
+    broken: list[str] = []
+    for name in only or get_args(Name):
+        group = importlib.import_module(f"benchmarks.{MODULES[name]}")
+        console.rule(group.TITLE)
+        start = time.perf_counter()
+        rows = group.measure(quick, console.log)
+        result = {"versions": versions(), "machine": machine(), "quick": quick, "rows": rows}
+        result["seconds"] = round(time.perf_counter() - start)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        table = group.tables(rows)
+        pictures = group.plots(rows, output)
+        console.print(Markdown(table))
+        console.print(f"{output / name}.json", *map(str, pictures), sep="\n")
+        if not quick and output.resolve() == (HERE / "results").resolve():
+            into_readme(name, section(name, result, table, pictures))
+        broken += group.broken(rows)
+    for each in broken:
+        console.print(f"[red]out of bounds[/red] {each}")
+    return bool(broken)
+
+
+def versions() -> dict[str, str]:
+    """Of everything that is measured, where it is installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> str:
+    """What this ran on, in a few words."""
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores, {named[1] if named else platform.processor()}"
+
+
+def section(name: str, result: dict[str, Any], table: str, pictures: list[Path]) -> str:
+    """What the README says of a benchmark: the command, the versions, the figures."""
+    packages = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    shown = [f"![{path.stem}](results/{path.name})" for path in pictures]
+    command = f"```sh\npython -m benchmarks.run --only {name}\n```"
+    return "\n\n".join(
+        [command, f"{packages}; {result['machine']}; {result['seconds']} s.", table, *shown]
+    )
+
+
+def into_readme(name: str, text: str) -> None:
+    """Puts a section between its two marks."""
+    readme = HERE / "README.md"
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
+    before = readme.read_text()
+    if not marked.search(before):
+        raise ValueError(
+            f"{readme} has no place for it: <!-- {name} --> ... <!-- end of {name} -->"
+        )
+    readme.write_text(marked.sub(lambda found: found[1] + text + found[2], before))
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(run, description=__doc__))

@@ -1,0 +1,65 @@
+"""Steps of a twin in JAX, compiled: the frozen floor, and an adapter's gradient."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import peftjax
+from benchmarks import timing
+from benchmarks.twins import Twin
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A compiled step: how to run it, what it took to make in seconds, what it costs a call."""
+
+    run: Callable[[], Any]
+    trace: float
+    compile: float
+    flops: float
+    bytes: float
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Step:
+    trace, lowered = timing.seconds_of(lambda: jax.jit(function).lower(*args))
+    seconds, program = timing.seconds_of(lowered.compile)
+    cost = program.cost_analysis()
+    run = lambda: jax.block_until_ready(program(*args))  # noqa: E731
+    return Step(run, trace, seconds, cost["flops"], cost["bytes accessed"])
+
+
+def floor(twin: Twin) -> Step:
+    """The gradient in one vector that is added to the embedding of every token."""
+
+    def loss(shift: Any, params: Any, ids: Any) -> Any:
+        return twin.loss(twin.shifted(shift, params, ids))
+
+    shift = jnp.zeros(twin.torch.config.hidden_size)
+    return compiled(jax.value_and_grad(loss), shift, twin.params, jnp.asarray(twin.ids))
+
+
+def adapted(twin: Twin, adapter: peftjax.Adapter) -> Step:
+    """The gradient in an adapter."""
+    run = peftjax.adapt(twin.apply_fn, on_fallback="error")
+
+    def loss(trainable: Any, adapter: Any, params: Any, ids: Any) -> Any:
+        return twin.loss(run(params, adapter.replace(params=trainable), ids))
+
+    args = (adapter.params, adapter, twin.params, jnp.asarray(twin.ids))
+    return compiled(jax.value_and_grad(loss), *args)
+
+
+def drawn(tree: Any, seed: int) -> Any:
+    """A tree with small numbers added, that nothing be zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(x + rng.normal(0, 0.02, x.shape), x.dtype), tree)
+
+
+def chosen(twin: Twin, targets: str) -> Callable[[peftjax.Site], bool]:
+    """The modules of a choice that are in layers, by their last names."""
+    names = twin.targets[targets]
+    return lambda site: site.name.rpartition(".")[2] in names and ".layer" in site.name
