@@ -45,10 +45,10 @@ class Summary:
         for name, (shapes, size) in self.modules.items():
             arrays = ", ".join(f"{n} {'x'.join(map(str, s))}" for n, s in shapes.items())
             table.add_row(name, arrays, f"{size:,}")
-        console = Console(width=100, file=io.StringIO())
-        with console.capture() as captured:
-            console.print(table)
-        return captured.get() + (
+        # Text alone, in a notebook too, where rich would show the table itself.
+        text = io.StringIO()
+        Console(width=100, file=text, force_jupyter=False, color_system=None).print(table)
+        return text.getvalue() + (
             f"trainable params: {self.trainable:,} || all params: {self.total:,} || "
             f"trainable%: {self.percent:.4f}\n"
             f"adapter: {self.adapter_bytes:,} bytes || model: {self.model_bytes:,} bytes"

@@ -55,3 +55,15 @@ def test_a_mixture_of_experts():
     assert "xlora_classifier" in str(frozen)
     assert "layers.0.weight 9x3" in str(frozen)
     assert "lora_A 3x6x3" in str(trained)
+
+
+def test_a_notebook_shows_plain_text(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    params = mlp_params()
+    sites = find_sites(mlp, params, X)
+    adapter = init_adapter(jax.random.key(0), LoraConfig(r=2, target_modules=["up"]), sites)
+    text = str(summary(adapter, params))
+    assert "Trainable parameters" in text
+    assert "lora_A" in text
+    assert "\x1b" not in text
