@@ -38,14 +38,9 @@ CONFIGS: dict[str, Callable[..., Any]] = {
 }
 METHODS = [*CONFIGS, "xlora"]
 EXPERTS = 4
-# What a step may compute more than the floor, by what is adapted: the thin products of each method,
-# and for X-LoRA a forward pass.
-MOST_FLOPS = {
-    "query, value": {**dict.fromkeys(CONFIGS, 1.02), "xlora": 1.52},
-    "all linear": {**dict.fromkeys(CONFIGS, 1.06), "hra": 1.06, "xlora": 1.62},
-}
-# The most that issue and DESIGN allow a step to take over the floor, for the plot alone.
-MOST_TIME = {"lora": 1.08, "ia3": 1.06, "adalora": 1.10, "hra": 1.15, "loha": 1.20, "dora": 1.20}
+# What a step may compute more than the floor: the thin products of a method, and for X-LoRA another
+# forward pass. It saves the way from the first adapted layer down to the embeddings.
+MOST_FLOPS = {**dict.fromkeys(CONFIGS, 1.02), "xlora": 1.42}
 
 
 def floor_in_torch(twin: twins.Twin) -> Callable[[], Any]:
@@ -222,6 +217,6 @@ def broken(rows: list[dict[str, Any]]) -> list[str]:
         f"{row['model']} {row['method']} on {row['targets']}: {row['flops_ratio']:.4f} x the "
         f"floor's FLOPs, at most {most}"
         for row in rows
-        for most in [MOST_FLOPS[row["targets"]][row["method"]]]
+        for most in [MOST_FLOPS[row["method"]]]
         if row["flops_ratio"] > most
     ]
