@@ -194,21 +194,15 @@ def plots(rows: list[dict[str, Any]], directory: Path) -> list[Path]:
     """Time over the floor, here and in torch."""
     made = []
     for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        groups = {
-            f"{row['method']}\n{row['targets']}": (row["here_ratio"], row["torch_ratio"])
-            for row in own
-        }
-        made.append(
-            bars(
-                directory / f"against_torch_{model.lower()}.png",
-                groups,
-                ("peftjax / its floor", "torch PEFT / its floor"),
-                "time of a step / frozen floor",
-                f"{model}: what adapting costs",
-                line=1.0,
-            )
-        )
+        panels: dict[str, dict[str, tuple[float, float]]] = {}
+        for row in rows:
+            if row["model"] == model:
+                ratios = (row["here_ratio"], row["torch_ratio"])
+                panels.setdefault(row["targets"], {})[row["method"]] = ratios
+        path = directory / f"against_torch_{model.lower()}.png"
+        labels = ("peftjax", "torch PEFT")
+        quantity = "time of a step / of its own floor"
+        made.append(bars(path, panels, labels, quantity, f"{model}: what adapting costs"))
     return made
 
 
