@@ -191,7 +191,7 @@ EVERY = [
     for shape in ((8, 1), (2, 4), (1, 8))
     for kind in (A, E)
 ]
-# Each method, and each mesh at least twice; EVERY takes a quarter of an hour.
+# Each method, and each mesh at least twice; EVERY takes four minutes.
 SOME = [
     ("lora", (2, 4), A, "tensor"),
     ("hra", (2, 4), A, "tensor"),
