@@ -38,6 +38,7 @@ class Linear:
       base: the frozen use, a function of x.
       product: x through two factors: the one that meets x, then the other; the rank features
         between them are gated by a route.
+      expand: the second half of it, from the rank features; None where it has no halves.
       scale_x: x times a scale over the stack axes and the axes that are summed over.
       scale_y: the result times a scale over the stack axes and the axes that stay.
       shift_y: the result and what is added to it, over the same axes.
@@ -53,6 +54,7 @@ class Linear:
     scale_y: Callable[[jax.Array, jax.Array], jax.Array]
     shift_y: Callable[[jax.Array, jax.Array], jax.Array]
     tokens: int
+    expand: Callable[[jax.Array, jax.Array, Route | None], jax.Array] | None = None
     transposed: bool = False
     row_x: int | None = None
     row_y: int | None = None
@@ -82,7 +84,9 @@ def apply(linear: Linear, layers: Sequence[Layer], x: Any, beside: Any) -> jax.A
     else:
         scaled = own.scale_x(x, f.in_scale)
         y = apply(linear, inner, scaled, scaled)
-    if f.A is not None and f.B is not None:
+    if f.B is not None and own.expand is not None and layer.features is not None:
+        y = _add(y, own.expand(layer.features, f.B, layer.route))
+    elif f.A is not None and f.B is not None:
         y = _add(y, own.product(_dropped(beside, layer), f.A, f.B, layer.route))
     y = y if f.out_scale is None else own.scale_y(y, f.out_scale)
     return y if layer.shift is None else own.shift_y(y, layer.shift)

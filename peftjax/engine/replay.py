@@ -13,6 +13,7 @@ from peftjax.engine.linear import apply, orient, placed, unpacked
 from peftjax.engine.packed import Base, Packed
 from peftjax.engine.routes import RouteError
 from peftjax.engine.rules import RULES, Rule
+from peftjax.engine.shared import Shared, shared, weights_first
 from peftjax.engine.steps import RESHAPING, STEPS, Equation
 from peftjax.engine.trace import Seen, Trace, Used, met, plain
 from peftjax.engine.views import Axes, Result, Role, View, fold_in
@@ -25,7 +26,7 @@ def replay(
     marked: dict[compat.Var, View | Result] = {}
     values: dict[compat.Var, Any] = {}
     waiting: list[compat.Eqn] = []
-    copies: dict[int, tuple[Any, Any]] = {}
+    together = shared(jaxpr, marked)
 
     def write(var: compat.Var, value: Any) -> None:
         if isinstance(value, View | Result):
@@ -58,13 +59,13 @@ def replay(
 
     for var, value in zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True):
         write(var, value)
-    for eqn in jaxpr.eqns:
+    for eqn in weights_first(jaxpr, marked):
         if not any(not isinstance(v, compat.Literal) and v in marked for v in eqn.invars):
             waiting.append(eqn)
             continue
         run_waiting()
         with compat.equation_context(eqn):
-            outs = _equation(trace, eqn, [read(atom) for atom in eqn.invars], copies)
+            outs = _equation(trace, eqn, [read(atom) for atom in eqn.invars], together)
         for var, out in zip(eqn.outvars, outs, strict=True):
             write(var, out)
     run_waiting()
@@ -72,7 +73,7 @@ def replay(
 
 
 def _equation(
-    trace: Trace, eqn: compat.Eqn, operands: list[Any], copies: dict[int, tuple[Any, Any]]
+    trace: Trace, eqn: compat.Eqn, operands: list[Any], together: Shared
 ) -> Sequence[Any]:
     """One equation that marks enter: nested, a step, a linear use, or none of these."""
     name = eqn.primitive.name
@@ -88,7 +89,7 @@ def _equation(
         if stepped is not None:
             return stepped
     if positions and name in RULES:
-        used = _use(trace, eqn, operands, positions, copies)
+        used = _use(trace, eqn, operands, positions, together)
         if not isinstance(used, str):
             return used
         reason = used
@@ -127,7 +128,7 @@ def _use(
     eqn: compat.Eqn,
     operands: list[Any],
     positions: list[int],
-    copies: dict[int, tuple[Any, Any]],
+    together: Shared,
 ) -> list[Any] | str:
     """The result of a linear use, or why the factors cannot be applied to it."""
     rule = RULES[eqn.primitive.name]
@@ -166,7 +167,9 @@ def _use(
     trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, "", tokens))
     try:
         layers = fold_in(view, trace.number(eqn)).layers
-        y = apply(use, layers, x, _copy(x, copies) if layers else x).astype(out.dtype)
+        beside = together.copy(x) if layers else x
+        layers = together.with_features(eqn, position, layers, beside)
+        y = apply(use, layers, x, beside).astype(out.dtype)
     except RouteError as error:
         raise RouteError(
             f"{trace.names[view.leaf]} meets {eqn.primitive.name} as {met(view)}: "
@@ -177,19 +180,6 @@ def _use(
         return [y]
     inputs[position] = packed.dense(view.base)
     return [_result(eqn, view, rule, position, inputs, y)]
-
-
-def _copy(x: Any, copies: dict[int, tuple[Any, Any]]) -> Any:
-    """A copy of what meets a weight, for the factors: one for all weights that it meets.
-
-    It costs nothing, and parts the cotangents. On a mesh those of the weights are partial sums,
-    which are sent once, as their sum, unless cotangents of factors are added in between.
-    """
-    if not isinstance(x, jax.Array):
-        return x
-    if id(x) not in copies:
-        copies[id(x)] = x, jnp.copy(x)
-    return copies[id(x)][1]
 
 
 def _evaluated(eqn: compat.Eqn, bases: list[Any]) -> jax.Array:

@@ -36,12 +36,14 @@ class Layer:
       route: which of several experts serves which row or token; None for a single one.
       shift: what is added to the result of a row, shape (*stack, *out, experts): the change of the
         bias, which has no rows.
+      features: x through A at a use, where it was computed along with those of other weights.
     """
 
     factors: Factors
     key: jax.Array | None = None
     route: Route | None = None
     shift: jax.Array | None = None
+    features: jax.Array | None = None
 
     @property
     def drops(self) -> bool:

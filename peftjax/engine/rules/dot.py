@@ -25,6 +25,15 @@ def usage(params: dict[str, Any], position: int, shape: tuple[int, ...]) -> tupl
     )
 
 
+def numbers(
+    params: dict[str, Any], position: int
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The axes that are summed over, of x and of the weight, and those that are batched."""
+    contract, batch = params["dimension_numbers"]
+    other = 1 - position
+    return (contract[other], contract[position]), (batch[other], batch[position])
+
+
 def linear(
     view: View,
     transposed: bool,
@@ -34,38 +43,34 @@ def linear(
     out: Any,
 ) -> tuple[Linear, jax.Array]:
     """The weight as one side of a ``dot_general``."""
-    contract, batch = params["dimension_numbers"]
-    contract_w, contract_x = contract[position], contract[1 - position]
-    batch_w, batch_x = batch[position], batch[1 - position]
+    (contract_x, contract_w), (batch_x, batch_w) = numbers(params, position)
     parts = layout(view)
     first_dims, second_dims = (parts["B"], parts["A"]) if transposed else (parts["A"], parts["B"])
     free_w = [axis for axis in range(view.base.ndim) if axis not in (*contract_w, *batch_w)]
     out_spec = compat.explicit_spec(out)
     n_batch = len(batch_w)
 
-    def multiply(x: jax.Array, w: jax.Array, numbers: Any, **kwargs: Any) -> jax.Array:
+    def multiply(x: jax.Array, w: jax.Array, axes: Any, **kwargs: Any) -> jax.Array:
         if position == 1:
-            return lax.dot_general(x, w, numbers, **kwargs)
-        (cx, cw), (bx, bw) = numbers
+            return lax.dot_general(x, w, axes, **kwargs)
+        (cx, cw), (bx, bw) = axes
         return lax.dot_general(w, x, ((cw, cx), (bw, bx)), **kwargs)
 
     def base(x: jax.Array) -> jax.Array:
-        numbers = ((contract_x, contract_w), (batch_x, batch_w))
-        options = {key: value for key, value in params.items() if key != "dimension_numbers"}
-        return multiply(x, dense(view.base), numbers, **options)
+        axes = ((contract_x, contract_w), (batch_x, batch_w))
+        own = {key: value for key, value in params.items() if key != "dimension_numbers"}
+        return multiply(x, dense(view.base), axes, **own)
 
-    def product(
-        x: jax.Array, first: jax.Array, second: jax.Array, route: Route | None
-    ) -> jax.Array:
+    x = operands[1 - position]
+    dtype, options = x.dtype, product_options(params, x.dtype)
+
+    def features(x: jax.Array, first: jax.Array) -> jax.Array:
         free_x = [axis for axis in range(x.ndim) if axis not in (*contract_x, *batch_x)]
         spec = compat.explicit_spec(x)
         inner_spec = spec and PartitionSpec(*[spec[a] for a in (*batch_x, *free_x)], None)
-        first = first.astype(x.dtype)
-        second = second.astype(x.dtype)
-        options = _product_options(params, x.dtype)
-        inner = lax.dot_general(
+        return lax.dot_general(
             x,
-            first,
+            first.astype(dtype),
             (
                 (contract_x, [first_dims.index(axis) for axis in contract_w]),
                 (batch_x, [first_dims.index(axis) for axis in batch_w]),
@@ -73,21 +78,25 @@ def linear(
             out_sharding=inner_spec,
             **options,
         )
+
+    def expand(inner: jax.Array, second: jax.Array, route: Route | None) -> jax.Array:
+        second = second.astype(dtype)
         # The stack of the route in the order of the batch.
         along_stack = [list(batch_w).index(axis) for axis in view.dims("stack")]
         free = range(n_batch, inner.ndim - 1)
-        inner = gated(inner, route, free, stack=along_stack).astype(x.dtype)
+        inner = gated(inner, route, free, stack=along_stack).astype(dtype)
         stack, tokens = inner.shape[:n_batch], inner.shape[n_batch:-1]
         # The gradient of the second factor is a sum over the tokens. One over several axes makes
         # XLA lay out all that it sums anew on a CPU; axes that a mesh may split stay as they are.
         joined = len(tokens) > 1 and not compat.on_mesh(inner)
         if joined:
             inner = inner.reshape(*stack, math.prod(tokens), inner.shape[-1])
-        numbers = (
+        axes = (
             ([inner.ndim - 1], [second_dims.index(None)]),
             (list(range(n_batch)), [second_dims.index(axis) for axis in batch_w]),
         )
-        y = multiply(inner, second, numbers, out_sharding=spec and out_spec, **options)
+        explicit = compat.explicit_spec(inner) is not None
+        y = multiply(inner, second, axes, out_sharding=out_spec if explicit else None, **options)
         if not joined:
             return y
         kept = [n for n, axis in zip(second.shape, second_dims, strict=True) if axis in free_w]
@@ -100,7 +109,6 @@ def linear(
         return start + free_w.index(axis)
 
     x_axis = dict(zip((*contract_w, *batch_w), (*contract_x, *batch_x), strict=True))
-    x = operands[1 - position]
     stack, ins, outs = view.dims("stack"), view.dims("in"), view.dims("out")
     x_dims, y_dims = (
         (*stack, *(outs if transposed else ins)),
@@ -113,7 +121,8 @@ def linear(
     free_x = [axis for axis in range(x.ndim) if axis not in x_axis.values()]
     use = Linear(
         base,
-        product,
+        product=lambda x, first, second, route: expand(features(x, first), second, route),
+        expand=expand,
         scale_x=lambda x, s: x * along(s, tuple(x_axis[axis] for axis in x_dims), x),
         scale_y=lambda y, s: y * along_y(y, s),
         shift_y=lambda y, s: y + along_y(y, s),
@@ -144,7 +153,7 @@ def tapped(
     return jnp.moveaxis(x, -1, axis), axis
 
 
-def _product_options(params: dict, dtype: jnp.dtype) -> dict[str, Any]:
+def product_options(params: dict, dtype: jnp.dtype) -> dict[str, Any]:
     """Precision as the model asks for it; accumulation in float32 at least."""
     precision = params["precision"]
     plain = precision is None or isinstance(precision, tuple | lax.Precision)
