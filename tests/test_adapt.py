@@ -108,6 +108,21 @@ class TestArguments:
         with pytest.raises(ValueError, match=f"{option} must be"):
             adapt(mlp, **{option: "maybe"})
 
+    def test_whole_numbers(self):
+        """As x they meet a weight as they are; what meets the factors must have digits."""
+
+        def function(params, x):
+            numbers = (((1,), (0,)), ((), ()))
+            kernels = [params[name]["kernel"] for name in "ab"]
+            return sum(
+                lax.dot_general(x, w, numbers, preferred_element_type=w.dtype) for w in kernels
+            )
+
+        params = {name: {"kernel": normal(4, 5, seed=i)} for i, name in enumerate("ab")}
+        x = jnp.arange(12).reshape(3, 4)
+        adapter = make(function, params, x)
+        close(adapt(function)(params, adapter, x), function(merge(params, adapter), x))
+
     def test_any_output_tree(self, model):
         params, x, adapter, want = model
         out = adapt(lambda params, x: {"y": (mlp(params, x), None), "n": x.sum()})(

@@ -58,7 +58,7 @@ class Shared:
     ) -> tuple[Layer, ...]:
         """Layers with x through their first factors, where other weights meet this x too."""
         key = _key(eqn, position)
-        if key not in self.uses:
+        if key not in self.uses or not jnp.issubdtype(x.dtype, jnp.inexact):
             return layers
         if key not in self.features:
             self.features[key] = self._product(self.uses[key], x)

@@ -62,14 +62,16 @@ def linear(
         return multiply(x, dense(view.base), axes, **own)
 
     x = operands[1 - position]
-    dtype, options = x.dtype, product_options(params, x.dtype)
+    # Whole numbers meet a weight as they are, but not its factors.
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else view.base.dtype
+    options = product_options(params, dtype)
 
     def features(x: jax.Array, first: jax.Array) -> jax.Array:
         free_x = [axis for axis in range(x.ndim) if axis not in (*contract_x, *batch_x)]
         spec = compat.explicit_spec(x)
         inner_spec = spec and PartitionSpec(*[spec[a] for a in (*batch_x, *free_x)], None)
         return lax.dot_general(
-            x,
+            x.astype(dtype),
             first.astype(dtype),
             (
                 (contract_x, [first_dims.index(axis) for axis in contract_w]),
