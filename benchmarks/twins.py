@@ -1,8 +1,7 @@
 """Models of transformers that exist in torch and in Flax, with the same weights in both.
 
-BERT- and Llama-shaped, of a few layers as wide as real ones; a quick one has fewer layers and
-tokens. Torch runs them as its users do: eager,
-with its fused attention.
+A few layers of BERT base's width, and of Llama 3.2 1B's; a quick one is smaller. Torch runs them as
+its users do: eager, with its fused attention.
 """
 
 import dataclasses
@@ -93,14 +92,14 @@ def bert(quick: bool) -> Twin:
 
 
 def llama(quick: bool) -> Twin:
-    """A language model; 4 layers of width 1,024 with grouped queries."""
-    layers, shape = (2, (1, 256)) if quick else (4, (4, 256))
+    """A language model; 2 layers of Llama 3.2 1B's width, with grouped queries."""
+    width, shape = (1024, (1, 256)) if quick else (2048, (2, 256))
     config = transformers.LlamaConfig(
-        hidden_size=1024,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        intermediate_size=2816,
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
+        intermediate_size=4 * width,
         vocab_size=8000,
         max_position_embeddings=512,
         tie_word_embeddings=False,
