@@ -121,7 +121,7 @@ def _route(adapter: Adapter, site: Site) -> engine_routes.Route | None:
         return None
     if isinstance(route, Rows):
         index = jnp.broadcast_to(route.index, (*stack, *route.index.shape))
-        return engine_routes.Rows(index, route.lengths)
+        return engine_routes.Rows(index, route.lengths, route.in_order)
     weights = route.weights
     if weights.ndim < 4:
         laid = jnp.broadcast_to(weights, (*stack, *weights.shape))

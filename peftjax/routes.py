@@ -14,10 +14,12 @@ class Rows:
     Attributes:
       index: the expert of each row, -1 for none.
       lengths: by how many positions in a row an axis of batch x sequence may count more. Static.
+      in_order: whether each row's expert is that of its own number, if it has one. Static.
     """
 
     index: Int[Array, " batch"]
     lengths: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    in_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

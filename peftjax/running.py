@@ -1,15 +1,18 @@
 """One run of a model with adapters in it."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+from jax.sharding import PartitionSpec
 
 from peftjax.adapter import Adapter
 from peftjax.attach import attach, check_fits
 from peftjax.changes import wants_tokens
-from peftjax.engine.routes import RouteError
+from peftjax.engine import compat
+from peftjax.engine.routes import RouteError, fetched
 from peftjax.engine.run import mark, run
 from peftjax.engine.trace import Trace, Used
 from peftjax.routes import Mix, Rows
@@ -61,6 +64,7 @@ def run_with(
     params, args, kwargs = static.fill(arrays)
     adapters = [_with_lengths(adapter, (args, kwargs)) for adapter in adapters]
     _check_square(model, static, arrays, adapters)
+    adapters = [_of_its_rows(adapter) for adapter in adapters]
 
     def call(arrays: list[Any]) -> Any:
         params, args, kwargs = static.fill(arrays)
@@ -101,6 +105,28 @@ def _with_lengths(adapter: Adapter, args: Any) -> Adapter:
     found = {shape[1] for shape in shapes if len(shape) > 1 and shape[0] == batch}
     lengths = tuple(sorted(found.union(route.lengths)))
     return adapter.replace(route=dataclasses.replace(route, lengths=lengths))
+
+
+def _of_its_rows(adapter: Adapter) -> Adapter:
+    """The adapter with the experts of its rows alone, where the bank has as many or more.
+
+    So a step costs what its rows cost, however large the bank is.
+    """
+    route = adapter.route
+    arrays = jax.tree.leaves((adapter.params, adapter.buffers))
+    if not isinstance(route, Rows) or route.index.shape[0] > arrays[0].shape[0]:
+        return adapter
+
+    def own(array: jax.Array) -> jax.Array:
+        spec = compat.explicit_spec(array)
+        fetch = functools.partial(fetched, axis=0)
+        laid = lambda shape: spec and PartitionSpec(None, *spec[1:])  # noqa: E731
+        return compat.automatic(fetch, array, laid)(array, route.index)
+
+    params, buffers = jax.tree.map(own, (adapter.params, adapter.buffers))
+    return adapter.replace(
+        params=params, buffers=buffers, route=dataclasses.replace(route, in_order=True)
+    )
 
 
 def _check_square(

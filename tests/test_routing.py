@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import mlp, mlp_params, normal, scanned, scanned_params
+from models import equations, mlp, mlp_params, normal, scanned, scanned_params
 from test_contract import CASES, METHODS, error
 from zoo_case import Case
 
@@ -182,6 +182,19 @@ class TestBank:
             run(again.rows(["both"] * 3), x), adapted(params, known["both"], x), atol=1e-5
         )
         assert len(traces) == 1
+
+    def test_a_step_costs_what_its_rows_cost(self):
+        """However many experts the bank has room for."""
+        params, x = mlp_params(), normal(4, 3, 6, std=1)
+        sites = find_sites(mlp, params, x)
+        every = experts({str(i): lora(r=2, target_modules=["up"]) for i in range(4)}, sites)
+
+        bank = stack_adapters(every, capacity=61)
+        jaxpr = jax.make_jaxpr(adapt(mlp))(params, bank.rows(jnp.array([2, 0, -1, 3])), x)
+        # What says that buffers have no gradient hands them on as they are.
+        computed = [e for e in equations(jaxpr) if e.primitive.name != "custom_jvp_call"]
+        made = {n for eqn in computed for var in eqn.outvars for n in var.aval.shape}
+        assert 61 not in made, "something is computed of the whole bank"
 
     def test_mixes_add_up(self, layered):
         params, x, _, known = layered

@@ -28,10 +28,12 @@ class Rows:
     Attributes:
       index: the expert of each row, -1 for none; shape (*stack, batch), the same along the stack.
       lengths: by how many positions in a row an axis of batch x sequence may count more.
+      in_order: whether each row's expert is that of its own number, if it has one.
     """
 
     index: jax.Array
     lengths: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+    in_order: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def rows(self) -> jax.Array:
@@ -150,7 +152,7 @@ def each_row(
       route: the expert of each row.
       function: of a row of x, that keeps the axis of its positions, and of the parts.
       x: one or more arrays.
-      parts: arrays with experts on their last axis; rows without one get zeros.
+      parts: arrays with experts on their last axis; of the last of them rows without one get zeros.
       axis: the axis of x that holds the rows.
       to: the axis of the result that holds them.
     """
@@ -160,7 +162,9 @@ def each_row(
 
     def every(x: Any, parts: Sequence[jax.Array], index: jax.Array) -> Any:
         rows = jax.tree.map(lambda array: _split(array, axis, length), x)
-        own = [taken(part, index, axis=-1) for part in parts]
+        own = parts if route.in_order else [fetched(part, index, axis=-1) for part in parts]
+        # A product with zeros is zero, whatever the other factor is.
+        own = [*own[:-1], jnp.where(index == -1, jnp.zeros_like(own[-1]), own[-1])]
         y = jax.vmap(function, in_axes=(0, *[-1] * len(own)))(rows, *own)
         return jax.tree.map(lambda array: _joined(array, to), y)
 
@@ -187,11 +191,15 @@ def _joined(array: jax.Array, axis: int) -> jax.Array:
 
 def taken(array: jax.Array, index: jax.Array, *, axis: int) -> jax.Array:
     """What experts have along an axis: zeros for -1, and NaN for an expert that is not there."""
-    beyond = array.shape[axis]
-    index = jnp.where(index < -1, beyond, index)
-    fill = True if array.dtype == bool else jnp.nan
-    found = jnp.take(array, jnp.maximum(index, 0), axis=axis, mode="fill", fill_value=fill)
+    found = fetched(array, index, axis=axis)
     shape = [1] * found.ndim
     if index.ndim:
         shape[axis] = -1
     return jnp.where((index == -1).reshape(shape), jnp.zeros_like(found), found)
+
+
+def fetched(array: jax.Array, index: jax.Array, *, axis: int) -> jax.Array:
+    """What experts have along an axis: any for -1, and NaN for an expert that is not there."""
+    index = jnp.where(index < -1, array.shape[axis], index)
+    fill = True if array.dtype == bool else jnp.nan
+    return jnp.take(array, jnp.maximum(index, 0), axis=axis, mode="fill", fill_value=fill)
