@@ -73,7 +73,7 @@ def measure(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
     for make in (twins.bert, twins.llama):
         twin = make(quick)
         for targets in twin.targets:
-            rows += ways(twin, targets, *((1, 1) if quick else (15, 5)), say)
+            rows += ways(twin, targets, *((1, 1) if quick else (11, 3)), say)
     return rows
 
 

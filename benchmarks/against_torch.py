@@ -40,7 +40,7 @@ METHODS = [*CONFIGS, "xlora"]
 EXPERTS = 4
 # What a step may compute more than the floor: the thin products of a method, and for X-LoRA another
 # forward pass. It saves the way from the first adapted layer down to the embeddings.
-MOST_FLOPS = {**dict.fromkeys(CONFIGS, 1.02), "xlora": 1.42}
+MOST_FLOPS = {**dict.fromkeys(CONFIGS, 1.02), "xlora": 1.45}
 
 
 def floor_in_torch(twin: twins.Twin) -> Callable[[], Any]:
@@ -108,7 +108,7 @@ def measure(quick: bool, say: Callable[[str], None]) -> list[dict[str, Any]]:
     for make in (twins.bert, twins.llama):
         twin = make(quick)
         for targets in twin.targets:
-            rows += pairs(twin, targets, 1 if quick else 15, say)
+            rows += pairs(twin, targets, 1 if quick else 9, say)
     return rows
 
 
@@ -131,7 +131,8 @@ def pairs(twin: twins.Twin, targets: str, rounds: int, say: Callable[[str], None
         if abs(ours - theirs) > 1e-3 * abs(theirs):
             raise AssertionError(f"{twin.name} {method}: a loss of {ours} here, {theirs} in torch")
     say(f"{twin.name}, {targets}: {rounds} rounds")
-    seconds = timing.interleaved(functions, rounds)
+    # HRA of torch PEFT takes the better part of a minute where it builds matrices of 5632 x 5632.
+    seconds = timing.interleaved(functions, rounds, patience=40)
     rows = []
     for method in methods:
         step = made[method]

@@ -69,6 +69,7 @@ def bars(
             axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 1.5, 2, 3, 5)))
             axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
             axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
             axes.margins(x=0.15)

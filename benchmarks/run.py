@@ -24,8 +24,13 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 HERE = Path(__file__).parent
-Name = Literal["torch", "qwix"]
-MODULES = {"torch": "against_torch", "qwix": "against_qwix"}
+Name = Literal["torch", "qwix", "limit", "growth"]
+MODULES = {
+    "torch": "against_torch",
+    "qwix": "against_qwix",
+    "limit": "limit",
+    "growth": "growth",
+}
 PACKAGES = ("jax", "flax", "torch", "peft", "qwix", "transformers")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,9 @@ import numpy as np
 
 import peftjax
 from benchmarks import timing
-from benchmarks.twins import Twin
+
+if TYPE_CHECKING:  # twins need torch, and not all steps do
+    from benchmarks.twins import Twin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Step:
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> Step:
+    """A function made for these arguments; it has no loops, of which XLA counts one turn."""
     trace, lowered = timing.seconds_of(lambda: jax.jit(function).lower(*args))
     seconds, program = timing.seconds_of(lowered.compile)
     cost = program.cost_analysis()
@@ -32,7 +35,7 @@ def compiled(function: Callable[..., Any], *args: Any) -> Step:
     return Step(run, trace, seconds, cost["flops"], cost["bytes accessed"])
 
 
-def floor(twin: Twin) -> Step:
+def floor(twin: "Twin") -> Step:
     """The gradient in one vector that is added to the embedding of every token."""
 
     def loss(shift: Any, params: Any, ids: Any) -> Any:
@@ -42,7 +45,7 @@ def floor(twin: Twin) -> Step:
     return compiled(jax.value_and_grad(loss), shift, twin.params, jnp.asarray(twin.ids))
 
 
-def adapted(twin: Twin, adapter: peftjax.Adapter) -> Step:
+def adapted(twin: "Twin", adapter: peftjax.Adapter) -> Step:
     """The gradient in an adapter."""
     run = peftjax.adapt(twin.apply_fn, on_fallback="error")
 
@@ -59,7 +62,7 @@ def drawn(tree: Any, seed: int) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(x + rng.normal(0, 0.02, x.shape), x.dtype), tree)
 
 
-def chosen(twin: Twin, targets: str) -> Callable[[peftjax.Site], bool]:
+def chosen(twin: "Twin", targets: str) -> Callable[[peftjax.Site], bool]:
     """The modules of a choice that are in layers, by their last names."""
     names = twin.targets[targets]
     return lambda site: site.name.rpartition(".")[2] in names and ".layer" in site.name

@@ -1,6 +1,6 @@
 """Models of transformers that exist in torch and in Flax, with the same weights in both.
 
-A few layers of BERT base's width, and of Llama 3.2 1B's; a quick one is smaller. Torch runs them as
+A few layers of BERT base's width, and of TinyLlama's; a quick one is smaller. Torch runs them as
 its users do: eager, with its fused attention.
 """
 
@@ -92,14 +92,14 @@ def bert(quick: bool) -> Twin:
 
 
 def llama(quick: bool) -> Twin:
-    """A language model; 2 layers of Llama 3.2 1B's width, with grouped queries."""
+    """A language model; 2 layers as wide as TinyLlama 1.1B, with grouped queries."""
     width, shape = (1024, (1, 256)) if quick else (2048, (2, 256))
     config = transformers.LlamaConfig(
         hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=width // 64,
-        num_key_value_heads=width // 256,
-        intermediate_size=4 * width,
+        num_key_value_heads=width // 512,
+        intermediate_size=11 * width // 4,
         vocab_size=8000,
         max_position_embeddings=512,
         tie_word_embeddings=False,

@@ -21,6 +21,13 @@ def test_a_ratio_is_that_within_rounds():
     assert timing.ratio([2, 20, 2.2], [1, 10, 1]) == 2
 
 
+def test_a_function_beyond_patience_has_fewer_rounds():
+    """And is compared in those it has."""
+    seconds = timing.interleaved({"a": lambda: None}, rounds=4, patience=0)
+    assert len(seconds["a"]) == 1
+    assert timing.ratio([2, 30], [1]) == 2
+
+
 def test_a_section_takes_the_place_of_the_last_one(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "HERE", tmp_path)
     readme = tmp_path / "README.md"
