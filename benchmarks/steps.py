@@ -17,13 +17,18 @@ if TYPE_CHECKING:  # twins need torch, and not all steps do
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled step: how to run it, what it took to make in seconds, what it costs a call."""
+    """A compiled step: how to run it, what it took to make in seconds, what it costs a call.
+
+    ``temporary`` is the memory it takes while it runs, in bytes; ``text`` gives its HLO.
+    """
 
     run: Callable[[], Any]
     trace: float
     compile: float
     flops: float
     bytes: float
+    temporary: int
+    text: Callable[[], str]
 
 
 def compiled(function: Callable[..., Any], *args: Any) -> Step:
@@ -32,7 +37,9 @@ def compiled(function: Callable[..., Any], *args: Any) -> Step:
     seconds, program = timing.seconds_of(lowered.compile)
     cost = program.cost_analysis()
     run = lambda: jax.block_until_ready(program(*args))  # noqa: E731
-    return Step(run, trace, seconds, cost["flops"], cost["bytes accessed"])
+    temporary = program.memory_analysis().temp_size_in_bytes
+    counted = (cost["flops"], cost["bytes accessed"], temporary)
+    return Step(run, trace, seconds, *counted, program.as_text)
 
 
 def floor(twin: "Twin") -> Step:
