@@ -8,6 +8,7 @@ Times are those of XLA's own instructions, as its profiler sees them, on an othe
 import collections
 import math
 import re
+import resource
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks import against_torch, hlo, steps, twins
+from benchmarks import against_torch, hlo, memory, steps, twins
 from benchmarks.tables import markdown
 
 Method = Literal["lora", "ia3", "adalora", "hra", "loha", "dora", "xlora"]
@@ -32,8 +33,11 @@ def profiled(
     targets: Annotated[str, tyro.conf.arg(help="the modules, as in the tables")] = "all linear",
     method: Annotated[Method, tyro.conf.arg(help="the method")] = "lora",
     repeats: Annotated[int, tyro.conf.arg(help="how many steps are averaged")] = 10,
+    keep_freed: Annotated[bool, tyro.conf.arg(help="as benchmarks/memory.py has it")] = True,
 ) -> int:
     """Runs the floor and an adapter's step under the profiler, and prints where time went."""
+    if keep_freed:
+        memory.keep_freed()
     twin = {"bert": twins.bert, "llama": twins.llama}[model](False)
     adapter = against_torch.adapter_of(twin, method, targets)
     both = {"floor": steps.floor(twin), method: steps.adapted(twin, adapter)}
@@ -42,8 +46,10 @@ def profiled(
         [kind, *(f"{1e3 * own[kind]:.0f}" for own in spent.values()), _more(spent, kind)]
         for kind in KINDS
     ]
-    memory = [f"{step.temporary / 1e6:.0f}" for step in both.values()]
-    lines.append(["MB of temporary memory", *memory, ""])
+    temporary = [f"{step.temporary / 1e6:.0f}" for step in both.values()]
+    lines.append(["MB of temporary memory", *temporary, ""])
+    used = [usage(step.run, repeats) for step in both.values()]
+    lines += [[what, *(f"{own[what]:,.0f}" for own in used), ""] for what in used[0]]
     heads = [f"{twin.name}, {targets}", *(f"{name}, ms" for name in both), "more"]
     Console().print(Markdown(markdown(heads, lines)))
     return 0
@@ -72,6 +78,20 @@ def seconds(run: Callable[[], Any], repeats: int) -> dict[str, float]:
                 if name is not None:
                     spent[str(name)] += event.duration_ns / 1e9 / repeats
     return spent
+
+
+def usage(run: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """What the system does for one step, on all cores."""
+    run()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(repeats):
+        run()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "pages touched for the first time": (after.ru_minflt - before.ru_minflt) / repeats,
+        "ms of all cores in the system": 1e3 * (after.ru_stime - before.ru_stime) / repeats,
+        "ms of all cores in the program": 1e3 * (after.ru_utime - before.ru_utime) / repeats,
+    }
 
 
 def by_kind(text: str, spent: dict[str, float]) -> dict[str, float]:

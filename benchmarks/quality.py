@@ -23,7 +23,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import quality_jax, quality_plots, quality_tables, quality_task
+from benchmarks import memory, quality_jax, quality_plots, quality_tables, quality_task
 from benchmarks.quality_task import Run
 from peftjax.cli import assets
 
@@ -194,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wanted = {key(dataclasses.asdict(run)) for run in runs}
             rows = [row for row in read(path) if key(row) in wanted]
         else:
+            memory.keep_freed()
             # Runs that differ in their numbers alone are compiled once.
             jax.config.update("jax_compilation_cache_dir", str(assets.cache_directory() / "xla"))
             rows = _shown(runs, path, console)

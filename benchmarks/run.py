@@ -23,6 +23,8 @@ import tyro
 from rich.console import Console
 from rich.markdown import Markdown
 
+from benchmarks import memory
+
 HERE = Path(__file__).parent
 Name = Literal["torch", "qwix", "limit", "growth"]
 MODULES = {
@@ -43,6 +45,7 @@ def run(
 ) -> int:
     """Runs benchmarks side by side in one process, and writes what they measured."""
     console = Console()
+    kept = memory.keep_freed()  # before a group imports JAX or torch
     broken: list[str] = []
     for name in only or get_args(Name):
         group = importlib.import_module(f"benchmarks.{MODULES[name]}")
@@ -50,6 +53,7 @@ def run(
         start = time.perf_counter()
         rows = group.measure(quick, console.log)
         result = {"versions": versions(), "machine": machine(), "quick": quick, "rows": rows}
+        result["freed_memory_kept"] = kept
         result["seconds"] = round(time.perf_counter() - start)
         output.mkdir(parents=True, exist_ok=True)
         (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")

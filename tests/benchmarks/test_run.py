@@ -1,5 +1,9 @@
 """How benchmarks are timed, and how what they measured gets into the README."""
 
+import resource
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import run, timing
@@ -58,3 +62,20 @@ def test_the_readme_has_a_place_for_every_benchmark():
 def test_machine_and_versions():
     assert "cores" in run.machine()
     assert {"python", "jax", "flax"} <= run.versions().keys()
+
+
+def test_what_is_freed_stays_with_the_process():
+    # In a process of its own: these options last.
+    code = (
+        "import resource\n"
+        "from benchmarks import memory\n"
+        "kept = memory.keep_freed()\n"
+        "fill = lambda: bytearray(b'x') * 2**26\n"
+        "fill()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "fill()\n"
+        "print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, pages = out.stdout.split()
+    assert kept == "False" or int(pages) < 2**26 // resource.getpagesize() // 10
