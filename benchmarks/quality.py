@@ -7,6 +7,8 @@ results, and a second start goes on with what is missing. Two processes may shar
     python -m benchmarks.quality --only peftjax
     python -m benchmarks.quality --only torch
     python -m benchmarks.quality --report
+
+The tables of the whole grid, as far as it has got, go into ``benchmarks/README.md``.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import memory, quality_jax, quality_plots, quality_tables, quality_task
 from benchmarks.quality_task import Run
+from benchmarks.run import into_readme
 from peftjax.cli import assets
 
 TITLE = "Learning quality"
@@ -200,12 +203,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows = _shown(runs, path, console)
     print(tables(rows))
     if not options.quick:
-        for picture in plots(rows, path.parent):
+        pictures = plots(rows, path.parent)
+        for picture in pictures:
             console.print(f"drawn: {picture}", highlight=False)
+        if path == RESULTS and runs == grid():
+            into_readme("quality", section(rows, pictures))
     found = broken(rows)
     for sentence in found:
         console.print(sentence, style="red")
     return 1 if found else 0
+
+
+def section(rows: Sequence[dict], pictures: Sequence[Path]) -> str:
+    """What the README says of the grid."""
+    versions = "; ".join(sorted({row["versions"] for row in rows}))
+    done = f"{len(rows)} of the grid's {len(grid())} runs: {versions}."
+    shown = [f"![{path.stem}](results/{path.name})" for path in pictures]
+    return "\n\n".join([done, *shown, tables(rows)])
 
 
 def _shown(runs: Sequence[Run], path: Path, console: Console) -> list[dict]:
