@@ -33,9 +33,9 @@ def tables(rows: Rows) -> str:
     return "\n\n".join(
         [
             "A training gradient of linen blocks of width 128 with LoRA of rank 8 on every linear "
-            "layer: made, and what it costs. The base's gradient is that of all its params; the "
-            "floor's, of a vector added to the input. FLOPs and bytes count loop bodies times "
-            "their turns.",
+            "layer: the time to trace and to compile it, and what it computes. The base's gradient "
+            "is that of all its params; the floor's, of a vector added to the input. FLOPs and "
+            "bytes count loop bodies times their turns.",
             by_layers(layers),
             "The exponent with which they grow, a straight line in both logarithms through the "
             "upper half of the layers (1 is linear):",
@@ -51,15 +51,17 @@ def tables(rows: Rows) -> str:
             by_room(room),
             "FLOPs and bytes are XLA's count, which takes a bank that is scaled and then looked up "
             "in one fusion as read and scaled whole.",
-            f"A bank of {bank['capacity']} that fills up from one adapter: {bank['more_traces']} "
-            f"programs more.",
+            f"Filling a bank of {bank['capacity']} one adapter after another compiles "
+            f"{bank['more_traces']} programs more.",
         ]
     )
 
 
 def by_layers(rows: Rows) -> str:
-    heads = ["layers", "", "equations, base", "adapted", "trace, s", "/ base", "/ floor"]
-    heads += ["compile, s", "/ base", "/ floor", "FLOPs / floor", "bytes / floor"]
+    heads = ["layers", "", "equations, base", "equations, adapted"]
+    for what in ("trace", "compile"):
+        heads += [f"{what}, s", f"{what} / base", f"{what} / floor"]
+    heads += ["FLOPs / floor", "bytes / floor"]
     heads += ["`find_sites`, s", "`init_adapter`, s"]
     lines = []
     for form in FORMS:
@@ -182,13 +184,13 @@ def layers(rows: Rows, path: Path) -> Path:
     return saved(figure, path)
 
 
-def ticks(axes: Any, at: Sequence[int]) -> None:
+def ticks(axes: Any, at: Sequence[int], subs: Sequence[float] = (1, 2, 5)) -> None:
     """Ticks of a logarithmic axis where something was measured, and plain numbers beside it."""
     axes.set_xticks(at, [str(each) for each in at])
     axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.tick_params(axis="x", which="minor", length=0)
     if axes.get_yscale() == "log":
-        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
         axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
 
@@ -213,23 +215,28 @@ def experts(rows: Rows, path: Path) -> Path:
 
 
 def adapters(rows: Rows, path: Path) -> Path:
-    """Time, FLOPs and bytes over one adapter against the number of adapters; by tokens a row."""
+    """Time and bytes over one adapter against the number of adapters, by tokens a row.
+
+    FLOPs, of which each row has as many either way, are in the table.
+    """
+    quantities = {what: name for what, name in QUANTITIES.items() if what != "flops"}
     figure, every = plt.subplots(
-        2, len(QUANTITIES), figsize=(9, 5.6), sharex=True, sharey=True, layout="constrained"
+        2, len(quantities), figsize=(8, 5.6), sharex=True, sharey=True, layout="constrained"
     )
     for line, (name, shown) in zip(
         every, {"forward": "forward", "step": "training step"}.items(), strict=True
     ):
-        for axes, (what, quantity) in zip(line, QUANTITIES.items(), strict=True):
+        for axes, (what, quantity) in zip(line, quantities.items(), strict=True):
             for tokens, mark in zip(values(rows, "tokens"), "osD", strict=False):
                 own = where(rows, tokens=tokens, **{"pass": name})
                 count = [row["adapters"] for row in own]
                 label = f"{tokens} token{'s' if tokens > 1 else ''} a row"
                 axes.plot(count, [row[f"{what}_ratio"] for row in own], marker=mark, label=label)
             axes.set(xscale="log", yscale="log", title=f"{shown}: {quantity}")
-            ticks(axes, values(rows, "adapters"))
+            ticks(axes, values(rows, "adapters"), subs=(1, 1.5, 2, 3, 4, 5))
         line[0].set_ylabel("own adapters / one for all")
     for axes in every[1]:
         axes.set_xlabel("rows, an adapter each")
     figure.legend(*every[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle("Rows with a LoRA adapter each, over the same rows with one for all")
     return saved(figure, path)

@@ -135,29 +135,37 @@ def _standing(means: dict[str, Estimate]) -> str:
 
 
 def by_method(rows: Sequence[dict]) -> str:
-    """Every method over all budgets and numbers of texts: the mean of each seed, then of seeds."""
+    """Every method over all budgets and numbers of texts: the mean of each seed, then of seeds.
+
+    Of seeds and numbers of texts that all methods have on both sides.
+    """
+    rows = whole(rows)
     lines = []
     for method in LABELS:
         means = {}
         for side in SIDES:
-            other = "torch" if side == "peftjax" else "peftjax"
-            both = {
-                (row["seed"], row["texts"], row["budget"])
-                for row in rows
-                if row["framework"] == other and row["method"] == method
-            }
             seeds: dict[int, list[float]] = {}
             for row in rows:
-                place = (row["seed"], row["texts"], row["budget"])
-                if row["framework"] == side and row["method"] == method and place in both:
+                if row["framework"] == side and row["method"] == method:
                     seeds.setdefault(row["seed"], []).append(row["accuracy"])
             if seeds:
                 means[side] = estimate([statistics.fmean(each) for each in seeds.values()])
-        if len(means) == 2:
+        if means:
             lines.append(
                 [LABELS[method], *(f"{means[side]} %" for side in SIDES), _standing(means)]
             )
     return table(["all settings", *SIDES.values(), ""], lines)
+
+
+def whole(rows: Sequence[dict]) -> list[dict]:
+    """The rows of those seeds and numbers of texts that have every method and budget, twice."""
+    kinds = {(row["framework"], row["method"], row["budget"]) for row in rows}
+    kinds |= {(side, method, budget) for _, method, budget in kinds for side in SIDES}
+    have: dict[tuple, set] = {}
+    for row in rows:
+        kind = (row["framework"], row["method"], row["budget"])
+        have.setdefault((row["seed"], row["texts"]), set()).add(kind)
+    return [row for row in rows if have[row["seed"], row["texts"]] == kinds]
 
 
 def agreement(rows: Sequence[dict]) -> str:
@@ -298,7 +306,8 @@ def tables(rows: Sequence[dict]) -> str:
             f"{estimate([v for (t, _), v in probes.items() if t == texts])} % with {texts:,} texts"
             for texts in sorted({texts for texts, _ in probes})
         ]
-        blocks += [f"The linear probe, where all start: {', '.join(marks)}.", by_method(own)]
+        blocks += [f"The linear probe, where all start: {', '.join(marks)}."]
+        blocks += [by_method(own)] if whole(own) else []
         blocks += [accuracies(own, texts) for texts in sorted({row["texts"] for row in own})]
     if rows:
         blocks.append(agreement(rows))

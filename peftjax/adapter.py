@@ -107,9 +107,15 @@ def init_adapter(
       The adapter, which starts as the identity unless the config says otherwise.
 
     Raises:
+      TypeError: config or sites are something else.
       NoMatchingModuleError: a target or a module to save is not there.
       ValueError: the params are missing or not those of ``sites``, or the dtype is not floating.
     """
+    if not isinstance(config, AdapterConfig) or not isinstance(sites, Sites):
+        raise TypeError(
+            f"the call is init_adapter(key, config, sites, params), with sites from find_sites: "
+            f"config is of {type(config).__name__}, sites of {type(sites).__name__}"
+        )
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"an adapter's dtype must be floating, got {jnp.dtype(dtype).name}")
     if config.method.gating is not None:

@@ -24,7 +24,7 @@ def as_sequence(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, .
       TypeError: something in it is no Adapter.
     """
     adapters = () if adapter is None else adapter
-    adapters = (adapters,) if isinstance(adapters, Adapter) else tuple(adapters)
+    adapters = (adapters,) if isinstance(adapters, Adapter | Mapping) else tuple(adapters)
     for each in adapters:
         if not isinstance(each, Adapter):
             raise TypeError(

@@ -16,6 +16,12 @@ from peftjax.engine.trace import Biased, Record, Seen, Trace, Used
 from peftjax.engine.views import Kind, Role
 from peftjax.trees import leaf_paths, split
 
+NO_SITES = (
+    "there is nothing to adapt: no array of params meets a product, a convolution or a lookup in "
+    "this function. The call is find_sites(apply_fn, params, *args); from_linen and from_nnx make "
+    "apply_fn out of a module"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -224,7 +230,7 @@ class Sites(Mapping[str, Site]):
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in (columns, tuple("-" * width for width in widths), *rows)
         ]
-        return "\n".join(lines)
+        return "\n".join(lines if self.sites else [*lines, NO_SITES])
 
 
 def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:

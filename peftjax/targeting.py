@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from peftjax.config import AdapterConfig, Targets
-from peftjax.sites import Leaf, Site, Sites
+from peftjax.sites import NO_SITES, Leaf, Site, Sites
 
 T = TypeVar("T")
 Layers = frozenset[int]
@@ -58,6 +58,8 @@ def select_sites(config: AdapterConfig, sites: Sites) -> Sites:
             "Please specify `target_modules` in the config: a list of names, a regular expression "
             'for whole paths, "all-linear" or a function of a Site; ' + _has(sites)
         )
+    if not sites:
+        raise NoMatchingModuleError(NO_SITES)
     named, excluded = _hits(targets, sites), _hits(config.exclude_modules, sites)
     if unmatched := [entry for entry in named if not named[entry]]:
         reasons = (_why_unmatched(targets, entry, sites) for entry in unmatched)

@@ -195,6 +195,14 @@ class TestWholeLeaves:
 
 
 class TestBadInput:
+    def test_arguments_in_another_order(self, dense):
+        params, sites = dense
+        config = LoraConfig(target_modules=["up"])
+        with pytest.raises(TypeError, match=r"init_adapter\(key, config, sites, params\)"):
+            init_adapter(config, KEY, sites)
+        with pytest.raises(TypeError, match="sites of dict"):
+            init_adapter(KEY, config, params)
+
     def test_an_unknown_target_names_the_nearest(self, dense):
         with pytest.raises(NoMatchingModuleError, match=r"upp.*up"):
             init_adapter(KEY, LoraConfig(target_modules=["upp"]), dense[1])

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -231,3 +232,10 @@ def test_what_takes_a_method_is_what_the_readme_says(method):
     cells = features(method)
     assert head(cells) in text
     assert row(method, cells) in text
+
+
+def test_every_name_of_the_package_is_there():
+    used = set(re.findall(r"peftjax\.(\w+)", README.read_text("utf-8")))
+    assert used <= set(peftjax.__all__)
+    assert all(hasattr(peftjax, name) for name in peftjax.__all__)
+    assert dir(peftjax) == sorted(peftjax.__all__)

@@ -32,10 +32,13 @@ def test_the_table():
     assert lines[3].split()[-2:] == ["bias", "1"]
 
 
-def test_nothing_found_prints_its_header():
+def test_nothing_found_says_so():
     sites = find_sites(lambda params, x: x + params["b"][None], {"b": normal(6)}, X)
     assert len(sites) == 0
     assert str(sites).startswith("module")
+    assert "no array of params meets a product" in str(sites)
+    with pytest.raises(NoMatchingModuleError, match="from_nnx make apply_fn out of a module"):
+        init_adapter(KEY, LoraConfig(target_modules="all-linear"), sites)
 
 
 def test_sites_are_a_hashable_mapping():

@@ -128,6 +128,17 @@ def test_standing(ours, standing):
     assert f"| {standing} |" in quality_tables.by_method(rows)
 
 
+def test_a_mean_over_settings_is_over_the_same_settings():
+    """A seed that one method lacks is left out for all."""
+    pairs = [("lora", [0.8, 0.9]), ("lora", [0.8, 0.9]), ("hra", [0.7, 0.6]), ("hra", [0.7])]
+    sides = ["peftjax", "torch"] * 2
+    rows = [r for (m, own), side in zip(pairs, sides, strict=True) for r in rows_of(m, own, side)]
+    shown = quality_tables.by_method(rows)
+    assert "| LoRA | 80.0 % | 80.0 % |" in shown
+    assert "| HRA | 70.0 % | 70.0 % |" in shown
+    assert quality_tables.whole(rows[:-1]) == []
+
+
 def test_claims_pair_the_budgets_that_the_papers_do():
     rows = [
         *rows_of("lora", [0.80, 0.80, 0.81]),
