@@ -230,7 +230,7 @@ def closed(what: str, forms: Any, row: dict[str, Any], rank: int) -> float:
 
 
 def against_rank(grid: Rows, width: int, what: str, name: str, path: Path) -> Path:
-    """A panel for each number of tokens: closed forms as lines, what was measured as marks."""
+    """A panel for each number of tokens: closed forms as lines, what XLA counts as marks."""
     ranks, every = values(grid, "rank"), values(grid, "tokens")
     line = np.unique(np.geomspace(ranks[0], ranks[-1], 60).astype(int)).tolist()
     figure, axes_of = panels((9, 1.4 + 2.7 * -(-len(every) // 2)), len(every), sharey=True)
@@ -268,7 +268,7 @@ def crossing(rows: Rows, path: Path) -> Path:
     reading_panel(next(axes_of), grid, widths)
     merging_panel(next(axes_of), rows, tokens, widths)
     dear_panel(next(axes_of), rows, largest(grid, "tokens", 8192), widths)
-    figure.suptitle("Where lines cross: closed forms as lines, marks where it was measured")
+    figure.suptitle("Where costs cross: closed forms as lines, XLA's counts as marks")
     return saved(figure, path)
 
 
@@ -307,7 +307,7 @@ def reading_panel(axes: Any, grid: Rows, widths: Sequence[int]) -> None:
         axes.plot(*_line(partial(least.reading_tokens, method), widths), color=COLOR[method])
         marks = [reading_cross(grid, method, width) for width in widths]
         axes.plot(widths, marks, label=NAMES[method], **mark(method))
-    title = "Below, products with W cost more than LoRA's"
+    title = "Below these tokens, products with W cost more than LoRA's"
     _axes(axes, widths, "width", "tokens", title)
 
 
@@ -329,4 +329,4 @@ def dear_panel(axes: Any, rows: Rows, tokens: int, widths: Sequence[int]) -> Non
         axes.plot(*_line(partial(least.dear_rank, method, tokens), widths), color=COLOR[method])
         at, ranks = [row["width"] for row in own], [row["rank"] for row in own]
         axes.plot(at, ranks, label=NAMES[method], **mark(method))
-    _axes(axes, widths, "width", "rank", f"A step of {tokens:,} tokens is 10% over the floor")
+    _axes(axes, widths, "width", "rank", f"Rank at which {tokens:,} tokens cost 10% over the floor")
