@@ -12,7 +12,7 @@ from peftjax.adapter import Adapter
 from peftjax.attach import attach, check_fits
 from peftjax.changes import wants_tokens
 from peftjax.engine import compat
-from peftjax.engine.routes import RouteError, fetched
+from peftjax.engine.routes import RouteError, taken
 from peftjax.engine.run import mark, run
 from peftjax.engine.trace import Trace, Used
 from peftjax.routes import Mix, Rows
@@ -119,7 +119,7 @@ def _of_its_rows(adapter: Adapter) -> Adapter:
 
     def own(array: jax.Array) -> jax.Array:
         spec = compat.explicit_spec(array)
-        fetch = functools.partial(fetched, axis=0)
+        fetch = functools.partial(taken, axis=0)
         laid = lambda shape: spec and PartitionSpec(None, *spec[1:])  # noqa: E731
         return compat.automatic(fetch, array, laid)(array, route.index)
 

@@ -1,5 +1,7 @@
 """``adapt`` as a function: what goes in, what comes out, and what surrounds it."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from models import (
 from peftjax import (
     Adapter,
     FallbackError,
+    IA3Config,
     LoraConfig,
     adapt,
     find_sites,
@@ -48,6 +51,11 @@ def model():
 def close(got, want, tolerance=1e-5):
     scale = float(jnp.abs(want).max())
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * scale)
+
+
+def as_they_are(x, w):
+    """A product of two dtypes, neither promoted."""
+    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=w.dtype)
 
 
 class TestArguments:
@@ -112,16 +120,52 @@ class TestArguments:
         """As x they meet a weight as they are; what meets the factors must have digits."""
 
         def function(params, x):
-            numbers = (((1,), (0,)), ((), ()))
-            kernels = [params[name]["kernel"] for name in "ab"]
-            return sum(
-                lax.dot_general(x, w, numbers, preferred_element_type=w.dtype) for w in kernels
-            )
+            return sum(as_they_are(x, params[name]["kernel"]) for name in "ab")
 
         params = {name: {"kernel": normal(4, 5, seed=i)} for i, name in enumerate("ab")}
         x = jnp.arange(12).reshape(3, 4)
         adapter = make(function, params, x)
         close(adapt(function)(params, adapter, x), function(merge(params, adapter), x))
+
+    @pytest.mark.usefixtures("x64")
+    @pytest.mark.parametrize(
+        "config",
+        [
+            LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules="all-linear"),
+            LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules="all-linear"),
+            IA3Config(target_modules="all-linear", feedforward_modules=".*"),
+        ],
+        ids=["lora", "dora", "ia3_feedforward"],
+    )
+    def test_whole_numbers_keep_the_digits_of_scales(self, config):
+        """On either side of a weight, and sorted by expert."""
+
+        def function(params, x, z, sizes):
+            kernel, experts = params["dense"]["kernel"], params["experts"]["kernel"]
+            sorted_by_expert = lax.ragged_dot(x, experts, sizes, preferred_element_type=x64)
+            return as_they_are(x, kernel), as_they_are(z, kernel.T), sorted_by_expert
+
+        x64 = jnp.float64
+
+        double = functools.partial(normal, dtype=x64)
+        params = {"dense": {"kernel": double(4, 5)}, "experts": {"kernel": double(2, 4, 5)}}
+        args = jnp.arange(12).reshape(3, 4), jnp.arange(10).reshape(2, 5), jnp.array([2, 1])
+        sites = find_sites(function, params, *args)
+        adapter = init_adapter(KEY, config, sites, params)
+        adapter = adapter.replace(params=redraw(adapter.params))
+        got, want = adapt(function)(params, adapter, *args), function(merge(params, adapter), *args)
+        for one, other in zip(got, want, strict=True):
+            close(one, other, 1e-10)
+
+    def test_whole_numbers_drop_out(self):
+        function = lambda params, x: as_they_are(x, params["dense"]["kernel"])  # noqa: E731
+        params, x = {"dense": {"kernel": normal(4, 5)}}, jnp.arange(12).reshape(3, 4)
+        config = LoraConfig(
+            r=2, lora_dropout=0.5, init_lora_weights=False, target_modules=["dense"]
+        )
+        adapter = init_adapter(KEY, config, find_sites(function, params, x))
+        run, training = adapt(function), adapter.train(jax.random.key(1))
+        close(run(params, training, x), run(params, training, x.astype(jnp.float32)))
 
     def test_any_output_tree(self, model):
         params, x, adapter, want = model

@@ -1,5 +1,6 @@
 """Banks of adapters: each row with its own, or mixed, against each adapter alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -195,6 +196,38 @@ class TestBank:
         computed = [e for e in equations(jaxpr) if e.primitive.name != "custom_jvp_call"]
         made = {n for eqn in computed for var in eqn.outvars for n in var.aval.shape}
         assert 61 not in made, "something is computed of the whole bank"
+
+    @pytest.mark.parametrize("capacity", [2, 5])
+    @pytest.mark.parametrize("batch_axes", [None, 0])
+    @pytest.mark.parametrize(
+        "config",
+        [
+            lora(r=2),
+            lora(r=2, use_dora=True),
+            LoHaConfig(r=2, alpha=5),
+            HRAConfig(r=2),
+            AdaLoraConfig(init_r=3, target_r=2, lora_alpha=5),
+            IA3Config(feedforward_modules=[]),
+            IA3Config(feedforward_modules=["dense"]),
+        ],
+        ids=["lora", "dora", "loha", "hra", "adalora", "ia3", "ia3_feedforward"],
+    )
+    def test_a_row_without_an_expert_is_the_plain_model(self, config, batch_axes, capacity):
+        """Whatever the experts are; and one whose expert is not there, or diverged, is NaN."""
+        function = lambda params, x: x @ params["dense"]["kernel"]  # noqa: E731
+        params, x = {"dense": {"kernel": normal(4, 3)}}, normal(3, 5, 4, seed=1, std=1)
+        sites = find_sites(function, params, x)
+        config = dataclasses.replace(config, target_modules=["dense"])
+        good = experts({"good": config}, sites, params)["good"]
+        bad = good.replace(params=jax.tree.map(lambda x: x * jnp.nan, good.params))
+        bank = stack_adapters({"bad": bad, "good": good}, capacity=capacity)
+        run = adapt(function, batch_axes=batch_axes)
+        out = jax.jit(lambda index: run(params, bank.rows(index), x))
+        got = out(jnp.array([-1, 1, capacity]))
+        assert jnp.allclose(got[0], function(params, x)[0], atol=1e-6)
+        assert jnp.isfinite(got[1]).all()
+        assert jnp.isnan(got[2]).all()
+        assert jnp.isnan(out(jnp.array([-1, 1, 0]))[2]).all()
 
     def test_mixes_add_up(self, layered):
         params, x, _, known = layered

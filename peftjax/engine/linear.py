@@ -123,6 +123,9 @@ def _dropped(x: jax.Array, layer: Layer) -> jax.Array:
     """X with entries dropped and the rest scaled up, where the layer asks for it."""
     if layer.key is None or not layer.drops:
         return x
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        assert layer.factors.A is not None, "what drops entries of x has factors"
+        x = x.astype(layer.factors.A.dtype)
     key = jnp.ravel(layer.key)[0]
     for axis in compat.varying_axes(x):
         key = jax.random.fold_in(key, lax.axis_index(axis))
@@ -258,6 +261,14 @@ def split_as(spec: PartitionSpec, dims: Dims, array: Any, base: Base) -> Partiti
     sizes = zip(dims, array.shape, strict=False)
     own = [None if dim is None or n != base.shape[dim] else spec[dim] for dim, n in sizes]
     return PartitionSpec(*own, *[None] * (array.ndim - len(dims)))
+
+
+def product_dtype(x: jax.Array, view: View) -> jnp.dtype:
+    """The dtype in which x meets factors and scales: its own, or the weight's.
+
+    Whole numbers meet a weight as they are, but neither its factors nor its scales.
+    """
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else view.base.dtype
 
 
 def along(scale: jax.Array, dims: Dims, like: jax.Array) -> jax.Array:

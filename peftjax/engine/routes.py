@@ -162,8 +162,8 @@ def each_row(
 
     def every(x: Any, parts: Sequence[jax.Array], index: jax.Array) -> Any:
         rows = jax.tree.map(lambda array: _split(array, axis, length), x)
-        own = parts if route.in_order else [fetched(part, index, axis=-1) for part in parts]
-        # A product with zeros is zero, whatever the other factor is.
+        own = parts if route.in_order else [taken(part, index, axis=-1) for part in parts]
+        # What a method makes of zeros may be something else: a scale of one, less one.
         own = [*own[:-1], jnp.where(index == -1, jnp.zeros_like(own[-1]), own[-1])]
         y = jax.vmap(function, in_axes=(0, *[-1] * len(own)))(rows, *own)
         return jax.tree.map(lambda array: _joined(array, to), y)
@@ -191,15 +191,10 @@ def _joined(array: jax.Array, axis: int) -> jax.Array:
 
 def taken(array: jax.Array, index: jax.Array, *, axis: int) -> jax.Array:
     """What experts have along an axis: zeros for -1, and NaN for an expert that is not there."""
-    found = fetched(array, index, axis=axis)
+    beyond = jnp.where(index < -1, array.shape[axis], index)
+    fill = True if array.dtype == bool else jnp.nan
+    found = jnp.take(array, jnp.maximum(beyond, 0), axis=axis, mode="fill", fill_value=fill)
     shape = [1] * found.ndim
     if index.ndim:
         shape[axis] = -1
     return jnp.where((index == -1).reshape(shape), jnp.zeros_like(found), found)
-
-
-def fetched(array: jax.Array, index: jax.Array, *, axis: int) -> jax.Array:
-    """What experts have along an axis: any for -1, and NaN for an expert that is not there."""
-    index = jnp.where(index < -1, array.shape[axis], index)
-    fill = True if array.dtype == bool else jnp.nan
-    return jnp.take(array, jnp.maximum(index, 0), axis=axis, mode="fill", fill_value=fill)

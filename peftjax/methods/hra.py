@@ -172,7 +172,7 @@ def _init(
 def _unit(u: Array) -> Array:
     """The columns at length 1; a column of zeros stays one, and reflects nothing."""
     squares = jnp.sum(jnp.square(u), axis=tuple(range(u.ndim - 1)), keepdims=True)
-    there = squares > 0
+    there = squares != 0  # of NaN too, which must not pass for no reflection
     return jnp.where(there, u, 0) * lax.rsqrt(jnp.where(there, squares, 1))
 
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from peftjax.engine import compat
-from peftjax.engine.linear import Linear, along
+from peftjax.engine.linear import Linear, along, product_dtype
 from peftjax.engine.packed import dense
 from peftjax.engine.routes import Route, gated
 from peftjax.engine.views import Role, View, layout
@@ -62,8 +62,7 @@ def linear(
         return multiply(x, dense(view.base), axes, **own)
 
     x = operands[1 - position]
-    # Whole numbers meet a weight as they are, but not its factors.
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else view.base.dtype
+    dtype = product_dtype(x, view)
     options = product_options(params, dtype)
 
     def features(x: jax.Array, first: jax.Array) -> jax.Array:
@@ -120,12 +119,16 @@ def linear(
     def along_y(y: jax.Array, part: jax.Array) -> jax.Array:
         return along(part, tuple(axis_of_y(axis, y.ndim) for axis in y_dims), y)
 
+    def scale_x(x: jax.Array, scale: jax.Array) -> jax.Array:
+        x = x.astype(dtype)
+        return x * along(scale, tuple(x_axis[axis] for axis in x_dims), x)
+
     free_x = [axis for axis in range(x.ndim) if axis not in x_axis.values()]
     use = Linear(
         base,
         product=lambda x, first, second, route: expand(features(x, first), second, route),
         expand=expand,
-        scale_x=lambda x, s: x * along(s, tuple(x_axis[axis] for axis in x_dims), x),
+        scale_x=scale_x,
         scale_y=lambda y, s: y * along_y(y, s),
         shift_y=lambda y, s: y + along_y(y, s),
         tokens=math.prod(x.shape[axis] for axis in free_x),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from peftjax.engine.linear import Linear, along
+from peftjax.engine.linear import Linear, along, product_dtype
 from peftjax.engine.packed import dense
 from peftjax.engine.routes import Route, RouteError
 from peftjax.engine.views import Role, View, layout
@@ -44,7 +44,7 @@ def linear(
     parts = layout(view)
     first_dims, second_dims = (parts["B"], parts["A"]) if transposed else (parts["A"], parts["B"])
     free_x = [axis for axis in range(x.ndim) if axis not in contract_x]
-    row = free_x.index(ragged_x)
+    row, dtype = free_x.index(ragged_x), product_dtype(x, view)
 
     def grouped(
         x: jax.Array, w: jax.Array, cx: list[int], cw: list[int], ragged: int, group: int
@@ -66,8 +66,8 @@ def linear(
         if route is not None:
             raise RouteError("its x is sorted by group, which mixes up rows and tokens")
         inner = grouped(
-            x,
-            first.astype(x.dtype),
+            x.astype(dtype),
+            first.astype(dtype),
             list(contract_x),
             [first_dims.index(axis) for axis in contract_w],
             ragged_x,
@@ -76,7 +76,7 @@ def linear(
         rank = second_dims.index(None)
         return grouped(
             inner,
-            second.astype(x.dtype),
+            second.astype(dtype),
             [inner.ndim - 1],
             [rank],
             row,
@@ -95,6 +95,7 @@ def linear(
         ins, outs = outs, ins
 
     def scale_x(x: jax.Array, scale: jax.Array) -> jax.Array:
+        x = x.astype(dtype)
         return x * along(by_row(scale), (ragged_x, *(x_axis[axis] for axis in ins)), x)
 
     def along_y(y: jax.Array, part: jax.Array) -> jax.Array:
