@@ -179,8 +179,8 @@ def ranks(adapter: Adapter, opt_state: Any) -> dict[str, int | np.ndarray]:
       By module its rank; of a stacked module an array of them.
 
     Raises:
-      ValueError: there is not exactly one such state in ``opt_state``, or updates were changed
-        after the allocator made them.
+      ValueError: there is not exactly one such state in ``opt_state``, it is of another adapter or
+        of this one before ``prune``, or updates were changed after the allocator made them.
     """
     kept = _checked(adapter, opt_state).kept
     counts = {name: np.asarray(mask).sum(axis=-1) for name, mask in kept.items()}
@@ -191,8 +191,10 @@ def prune(adapter: Adapter, opt_state: Any) -> Adapter:
     """The adapter with the triplets alone that the last allocation kept, in smaller arrays.
 
     After the last allocation, at step ``total_step - tfinal``, all others are zero, and the pruned
-    adapter gives the same outputs. The config's ``rank_pattern`` says what was kept, as PEFT
-    writes it. The optimizer's state does not fit the pruned adapter.
+    adapter gives the same outputs. Before it the optimizer may have revived some of them since (see
+    ``strict`` of ``rank_allocator``), and without those the outputs are others. The config's
+    ``rank_pattern`` says what was kept, as PEFT writes it. The optimizer's state does not fit the
+    pruned adapter.
 
     Args:
       adapter: the trained adapter, not traced.
@@ -337,6 +339,15 @@ def _checked(adapter: Adapter, opt_state: Any) -> RankAllocatorState:
     (state,) = states
     if set(state.kept) != set(adapter.sites):
         raise ValueError("this state of rank_allocator belongs to an adapter of other modules")
+    for module, mask in state.kept.items():
+        kept, real = np.asarray(mask), _real(adapter, module)
+        # Pruning moves the triplets of a stack's layers even where its shape stays.
+        if kept.shape != real.shape or (kept & ~real).any():
+            raise ValueError(
+                f"{module}: this state of rank_allocator is of other triplets, of shape "
+                f"{kept.shape}, than those of the adapter, of shape {real.shape}: it was pruned "
+                f"already, or is another one; pass the adapter that was trained with this state"
+            )
     if not bool(state.intact):
         raise ValueError(
             "triplets that rank_allocator had set to zero were not zero at the next step: "

@@ -433,6 +433,9 @@ def test_what_belongs_together():
     other = drawn(mlp_sites(), target_modules=["up"])
     with pytest.raises(ValueError, match="belongs to an adapter of other modules"):
         ranks(other, state)
+    for function in (ranks, prune):
+        with pytest.raises(ValueError, match=r"^down: .* shape \(4,\), .* shape \(6,\)"):
+            function(every(mlp_sites(), init_r=6), state)
     lora = init_adapter(KEY, LoraConfig(target_modules=["up"]), mlp_sites())
     for function in (
         lambda: rank_allocator(optax.sgd(LR), lora),
@@ -607,6 +610,29 @@ def test_pruned_on_disk(left, tmp_path):
     found = restore_adapter(tmp_path, like)
     chex.assert_trees_all_equal(found, pruned)
     chex.assert_trees_all_equal(outputs(found), outputs(pruned))
+
+
+@SOME_LEFT
+def test_pruned_only_once_with_a_state(left):
+    adapter, state = trained_house(left)
+    with pytest.raises(ValueError, match=r"it was pruned already, or is another one; pass the"):
+        prune(prune(adapter, state), state)
+    with pytest.raises(ValueError, match="pruned already"):
+        ranks(prune(adapter, state), state)
+
+
+def test_pruned_only_once_where_a_layer_keeps_all():
+    """Then the shape stays, and the triplets of the other layers have moved."""
+    sites = find_sites(scanned, scanned_params(), jnp.ones((1, 6)))
+    adapter = drawn(sites, target_modules=["up"])
+    state = rank_allocator(optax.sgd(LR), adapter).init(adapter.params)
+    kept = np.ones((4, 4), bool)
+    kept[1] = [False, True, False, True]
+    state = state._replace(kept={name: jnp.asarray(kept) for name in state.kept})
+    once = prune(adapter, state)
+    assert once.params["layers.up"]["lora_E"].shape == kept.shape
+    with pytest.raises(ValueError, match="pruned already"):
+        prune(once, state)
 
 
 def test_a_new_adapter_has_the_ranks_of_the_pattern():
