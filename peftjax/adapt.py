@@ -47,7 +47,9 @@ def adapt(
       batch_axes: for a bank's rows, where the rows of the batch lie in the arguments after params
         and adapter, as ``jax.vmap`` takes it in ``in_axes``. Then each row runs by itself, under
         ``jax.vmap``. By default rows are told by the shapes at each use: what it keeps of x has to
-        be (batch, ...) or (batch x sequence, ...).
+        be (batch, ...) or (batch x sequence, ...), the positions of a row next to each other. A
+        model that flattens (sequence, batch, ...) has the same shapes and needs ``batch_axes``;
+        without them its rows are mixed up, which cannot be checked.
       hidden_states: for X-LoRA, the last hidden states, of shape (batch, sequence, features), out
         of what ``apply_fn`` returns. By default they are the input of its output head.
       return_scalings: for X-LoRA, whether to return ``(out, scalings)``: besides what ``apply_fn``

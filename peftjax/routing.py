@@ -53,6 +53,11 @@ class AdapterBank:
           KeyError: there is no expert of that name.
           ValueError: the index is no vector of integers, or is beyond the bank; of a traced one
             that cannot be seen, and such rows are NaN.
+
+        Where a model lays the rows along one axis with their positions, each row's positions have
+        to follow one another: (batch x sequence), not (sequence x batch). Nothing in the shapes
+        tells these apart, so it is not checked; a model of the other kind needs ``batch_axes`` of
+        ``adapt``.
         """
         if isinstance(index, Sequence):
             places = (
@@ -72,7 +77,8 @@ class AdapterBank:
                     f"there is no expert at {wrong}: the bank has {len(self)}, {self.experts}, and "
                     f"-1 is the model without any"
                 )
-        return self.adapter.replace(route=Rows(index))
+        # Unsigned ones have no -1 to compare with.
+        return self.adapter.replace(route=Rows(index.astype(jnp.int32)))
 
     def mix(
         self,

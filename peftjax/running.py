@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -61,9 +62,22 @@ def run_with(
     Returns:
       What the model returns, and that input, its features last; None if there is none.
     """
-    params, args, kwargs = static.fill(arrays)
+    _, args, kwargs = static.fill(arrays)
     adapters = [_with_lengths(adapter, (args, kwargs)) for adapter in adapters]
-    _check_square(model, static, arrays, adapters)
+    out, hidden, used = _run(model, static, arrays, adapters, head)
+    _check_rows(model, static, arrays, adapters, used)
+    return out, hidden
+
+
+def _run(
+    model: Model,
+    static: Static,
+    arrays: list[Any],
+    adapters: Sequence[Adapter],
+    head: str | None = None,
+) -> tuple[Any, jax.Array | None, dict[str, set[int]]]:
+    """As ``run_with``; and, for each weight used, the sizes of the axes taken for its rows."""
+    params, _, _ = static.fill(arrays)
     adapters = [_of_its_rows(adapter) for adapter in adapters]
 
     def call(arrays: list[Any]) -> Any:
@@ -82,8 +96,13 @@ def run_with(
     arrays = [*leaves.values(), *arrays[len(leaves) :]]
     marked = [views.get(path, leaf) for path, leaf in leaves.items()]
     out, heads = run(trace, call, arrays, [*marked, *arrays[len(leaves) :]])
-    _check_used(trace, adapters, paths, model.on_unused)
-    return out, None if head is None else heads.get(paths.index(head))
+    used: dict[str, set[int]] = {}
+    for record in trace.records.values():
+        if isinstance(record, Used):
+            sizes = used.setdefault(paths[record.leaf], set())
+            sizes.update(() if record.rows is None else (record.rows,))
+    _check_used(used, adapters, model.on_unused)
+    return out, None if head is None else heads.get(paths.index(head)), used
 
 
 def rows(adapter: Adapter) -> int | None:
@@ -129,40 +148,55 @@ def _of_its_rows(adapter: Adapter) -> Adapter:
     )
 
 
-def _check_square(
-    model: Model, static: Static, arrays: list[Any], adapters: Sequence[Adapter]
+def _check_rows(
+    model: Model,
+    static: Static,
+    arrays: list[Any],
+    adapters: Sequence[Adapter],
+    used: Mapping[str, set[int]],
 ) -> None:
-    """Raises a RouteError if axes of as many positions were taken for those of the rows.
+    """Raises a RouteError if other axes were taken for those of the rows.
 
-    The shapes tell nothing there; those of a batch with one row more do.
+    Where there are as many rows as positions, or an axis was taken for one of batch x sequence,
+    the shapes tell nothing; those of a batch with more rows do.
     """
-    counts = {count for each in adapters if (count := rows(each))}
-    square = [each for each in adapters if each.route and rows(each) in each.route.lengths]
-    if len(counts) != 1 or counts == {1} or not square:
+    routed = [each for each in adapters if rows(each)]
+    counts = {count for each in routed if (count := rows(each))}
+    lengths = {n for each in routed if each.route for n in each.route.lengths if n}
+    sizes = {
+        size for each in routed for site in each.sites.values() for size in used.get(site.path, ())
+    }
+    if len(counts) != 1 or counts == {1} or not (counts & lengths or sizes - counts):
         return
-    (batch,) = counts
+    batch = counts.pop()
     _, args, kwargs = static.fill(arrays)
     first = len(arrays) - sum(map(is_array, jax.tree.leaves((args, kwargs))))
+    # As many as leave no axis that stays as it is another way to be batch x sequence.
+    more = next(
+        n
+        for n in itertools.count(batch + 1)
+        if all(n * one != batch * other for one in lengths for other in lengths)
+    )
 
     def grown(array: Any) -> jax.ShapeDtypeStruct:
         shape = array.shape
         if shape and shape[0] == batch:
-            shape = (batch + 1, *shape[1:])
+            shape = (more, *shape[1:])
         return jax.ShapeDtypeStruct(shape, array.dtype)
 
-    more = [*arrays[:first], *map(grown, arrays[first:])]
-    routes = [jax.tree.map(grown, each.route) for each in adapters]
+    arrays = [*arrays[:first], *map(grown, arrays[first:])]
+    routes = [jax.tree.map(grown, each.route) if rows(each) else each.route for each in adapters]
 
     def run(arrays: list[Any], routes: list[Any]) -> Any:
         both = zip(adapters, routes, strict=True)
-        return run_with(model, static, arrays, [each.replace(route=own) for each, own in both])
+        return _run(model, static, arrays, [each.replace(route=own) for each, own in both])[0]
 
     try:
-        jax.eval_shape(run, more, routes)
+        jax.eval_shape(run, arrays, routes)
     except RouteError as error:
         raise RouteError(
-            f"there are as many rows as positions, {batch}, and an axis of positions comes first "
-            f"somewhere: with one row more, {error}"
+            f"an axis that looks like that of {batch} rows, or of their positions, is another one: "
+            f"with {more} rows, {error}"
         ) from error
     except Exception:
         # A model of this very batch size cannot be asked.
@@ -201,11 +235,8 @@ def _count_tokens(
     return tokens
 
 
-def _check_used(
-    trace: Trace, adapters: Sequence[Adapter], paths: list[str], on_unused: str
-) -> None:
+def _check_used(used: Collection[str], adapters: Sequence[Adapter], on_unused: str) -> None:
     """Raises if adapters would go unnoticed."""
-    used = {paths[r.leaf] for r in trace.records.values() if isinstance(r, Used)}
     for adapter in adapters:
         idle = [site.name for site in adapter.sites.values() if site.path not in used]
         if not idle or (on_unused == "ignore" and len(idle) < len(adapter.sites)):

@@ -416,6 +416,52 @@ class TestLayouts:
             adapt(row_by_row, batch_axes=0)(params, rows, x), want, atol=1e-6
         )
 
+    @pytest.mark.parametrize(
+        ("length", "shapes"), [(8, [(2, 4, 8, 3)]), (8, [(2, 4)]), (12, [(2, 6, 12), (2, 4, 12)])]
+    )
+    def test_positions_are_no_rows_however_many_there_are(self, length, shapes):
+        """Eight of them are two rows of four heads by their number alone."""
+        params = {"embed": normal(9, 4), "places": normal(16, 4), "dense": normal(4, 5)}
+
+        def function(params, ids, cache):
+            h = params["embed"][ids] + params["places"][jnp.arange(ids.shape[1])][None]
+            return (jnp.tanh(h).reshape(-1, 4) @ params["dense"]).reshape(*ids.shape, 5)
+
+        args = jnp.arange(2 * length).reshape(2, -1) % 9, [jnp.zeros(shape) for shape in shapes]
+        sites, configs = find_sites(function, params, *args), dict.fromkeys("ab", lora(r=2))
+
+        def bank(*targets):
+            own = {n: dataclasses.replace(c, target_modules=targets) for n, c in configs.items()}
+            return stack_adapters(experts(own, sites))
+
+        with pytest.raises(RouteError, match=r"with \d rows, places meets gather.*batch_axes="):
+            adapt(function)(params, bank("places").rows([0, 1]), *args)
+        known = bank("places", "embed", "dense")
+        want = each_alone(
+            lambda own, *args: adapt(function)(params, own, *args), [known["a"], known["b"]], args
+        )
+        got = adapt(function, batch_axes=0)(params, known.rows([0, 1]), *args)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+        known = bank("embed", "dense")
+        want = each_alone(
+            lambda own, *args: adapt(function)(params, own, *args), [known["a"], known["b"]], args
+        )
+        got = adapt(function)(params, known.rows([0, 1]), *args)
+        np.testing.assert_allclose(got, want, atol=1e-6)
+
+    def test_a_mix_whose_positions_are_no_rows(self):
+        params = {"embed": normal(9, 4), "places": normal(16, 4)}
+
+        def function(params, ids, cache):
+            return params["embed"][ids] + params["places"][jnp.arange(ids.shape[1])][None]
+
+        args = jnp.arange(16).reshape(2, 8) % 9, jnp.zeros((2, 4, 8, 3))
+        sites = find_sites(function, params, *args)
+        config = lora(r=2, target_modules=["places"])
+        mixed = stack_adapters(experts({"a": config, "b": config}, sites)).mix(normal(2, 2))
+        with pytest.raises(RouteError, match=r"with \d rows, places meets gather"):
+            adapt(function)(params, mixed, *args)
+
     def test_batch_axes_that_do_not_fit(self, pair):
         params, known = pair
         rows = stack_adapters(known).rows(["b", "a"])
@@ -506,6 +552,20 @@ class TestMistakes:
         beyond = jax.jit(lambda i: adapt(mlp)(params, bank.rows(i), x))(jnp.array([5, 0]))
         assert np.isnan(beyond[0]).all()
         assert np.isfinite(beyond[1]).all()
+
+    @pytest.mark.parametrize("dtype", ["uint8", "uint32", "int8"])
+    @pytest.mark.parametrize("capacity", [2, 5])
+    def test_rows_of_any_integers(self, made, dtype, capacity):
+        params, x, make = made
+        one = drawn(make(lora(r=2, target_modules=["up"])))
+        bank = stack_adapters({"other": drawn(one, 1), "one": one}, capacity=capacity)
+        run = lambda index: adapt(mlp)(params, bank.rows(index), x)  # noqa: E731
+        index = jnp.array([1, 1], dtype)
+        for out in (run(index), run(np.asarray(index)), jax.jit(run)(index)):
+            np.testing.assert_allclose(out, adapt(mlp)(params, one, x), atol=1e-6)
+        beyond = jax.jit(run)(jnp.array([1, 7], dtype))
+        assert np.isfinite(beyond[0]).all()
+        assert np.isnan(beyond[1]).all()
 
     def test_what_cannot_be_mixed_or_merged(self, made):
         params, x, make = made

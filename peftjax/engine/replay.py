@@ -164,7 +164,8 @@ def _use(
         return plan
     use, x = unpacked(plan[0], view, planned), plan[1]
     tokens = use.tokens * view.times
-    trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, "", tokens))
+    rows = None if use.row_x is None else jax.tree.leaves(x)[0].shape[use.row_x]
+    trace.note(eqn, Used(view.leaf, eqn.primitive.name, transposed, "", tokens, rows))
     try:
         layers = fold_in(view, trace.number(eqn)).layers
         beside = together.copy(x) if layers else x

@@ -162,9 +162,12 @@ def each_row(
 
     def every(x: Any, parts: Sequence[jax.Array], index: jax.Array) -> Any:
         rows = jax.tree.map(lambda array: _split(array, axis, length), x)
-        own = parts if route.in_order else [taken(part, index, axis=-1) for part in parts]
-        # What a method makes of zeros may be something else: a scale of one, less one.
-        own = [*own[:-1], jnp.where(index == -1, jnp.zeros_like(own[-1]), own[-1])]
+        if route.in_order:
+            # What a method made of zeros may be something else: a scale of one, less one.
+            *first, last = parts
+            own = [*first, jnp.where(index == -1, jnp.zeros_like(last), last)]
+        else:
+            own = [taken(part, index, axis=-1) for part in parts]
         y = jax.vmap(function, in_axes=(0, *[-1] * len(own)))(rows, *own)
         return jax.tree.map(lambda array: _joined(array, to), y)
 

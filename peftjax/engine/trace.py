@@ -49,6 +49,7 @@ class Used:
       transposed: whether the use maps the out-space to the in-space.
       fallback: why it was materialised; empty where it was not.
       tokens: how many vectors one call sends through the weight here.
+      rows: the size of the axis of x on which the rows of a batch may lie; None without one.
     """
 
     leaf: int
@@ -56,6 +57,7 @@ class Used:
     transposed: bool
     fallback: str
     tokens: int = 0
+    rows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
