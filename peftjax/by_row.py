@@ -37,25 +37,33 @@ def run_by_row(
     routes = jax.tree.leaves([each.route for each in adapters if rows(each)])
     sizes = {x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None}
     counts = {count for each in adapters if (count := rows(each))}
-    if counts != sizes:
+    if len(counts | sizes) != 1:
         raise ValueError(
             f"the adapters route {sorted(counts)} rows, and along "
             f"batch_axes={batch_axes} the arguments have {sorted(sizes)}"
         )
     places = _places_of_rows(model, axes, static, arrays)
 
-    def one(arrays: list[Any], routes: list[jax.Array]) -> list[Any]:
+    def one(arrays: list[Any], routes: list[jax.Array], number: jax.Array) -> list[Any]:
         own = [
             x if axis is None else jnp.expand_dims(x, axis)
             for x, axis in zip(arrays, axes, strict=True)
         ]
         left = iter(routes)
-        single = [_of_one_row(each, left) for each in adapters]
+        single = [_of_one_row(_drawn_apart(each, number), left) for each in adapters]
         out = jax.tree.leaves(run_with(model, static, own, single)[0])
         return [jnp.squeeze(x, axis) for x, axis in zip(out, places[0], strict=True)]
 
-    out = jax.vmap(one, in_axes=(axes, 0), out_axes=places[0])(arrays, routes)
+    numbers = jnp.arange(counts.pop())
+    out = jax.vmap(one, in_axes=(axes, 0, 0), out_axes=places[0])(arrays, routes, numbers)
     return jax.tree.unflatten(places[1], out)
+
+
+def _drawn_apart(adapter: Adapter, number: jax.Array) -> Adapter:
+    """The adapter with a dropout of its own for the row of this number."""
+    if adapter.key is None:
+        return adapter
+    return adapter.replace(key=jax.random.fold_in(adapter.key, number))
 
 
 def _of_one_row(adapter: Adapter, routes: Iterator[jax.Array]) -> Adapter:

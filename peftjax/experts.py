@@ -114,24 +114,24 @@ def check_alike(adapters: Mapping[str, Adapter]) -> None:
                     f"`{field}` is part of the program and has to be the same: {first} has "
                     f"{ours!r} and {name} {theirs!r}"
                 )
-
-
-def union(adapters: Mapping[str, Adapter]) -> Sites:
-    """Every site that one of the adapters adapts, with every layer.
-
-    Raises:
-      ValueError: they were not made for one model.
-    """
     found: dict[str, Site] = {}
-    others: dict[str, Site] = {}
-    for name, adapter in adapters.items():
-        for site in adapter.sites.values():
+    for name, each in adapters.items():
+        for site in each.sites.values():
             before = found.setdefault(site.name, site)
             if dataclasses.replace(before, layers=site.layers) != site:
                 raise ValueError(
                     f"{site.name}: {name} was made for another model than the adapters before it: "
                     f"make all of them from one find_sites"
                 )
+
+
+def union(adapters: Mapping[str, Adapter]) -> Sites:
+    """Every site that one of the adapters, made for one model, adapts, with every layer."""
+    found: dict[str, Site] = {}
+    others: dict[str, Site] = {}
+    for adapter in adapters.values():
+        for site in adapter.sites.values():
+            before = found.setdefault(site.name, site)
             layers: tuple[int, ...] | None = None
             if before.layers is not None and site.layers is not None:
                 layers = _some_of(site, {*before.layers, *site.layers})
@@ -168,12 +168,7 @@ def template(site: Site, adapters: Mapping[str, Adapter], r: int | None) -> Temp
         axes = _rank_axes(adapter.config, len(site.stack_axes))
         for known, arrays in zip(parts, site_arrays(adapter, site), strict=True):
             own = {n: x for n, x in arrays.items() if n != RANK_MASK}
-            if known and set(known) != set(own):
-                raise ValueError(
-                    f"{site.name}: {name} has the arrays {sorted(own)} and another adapter "
-                    f"{sorted(known)}: adapters that keep their start (PiSSA, OLoRA) are stacked "
-                    f"among themselves, or after convert_to_lora"
-                )
+            _check_arrays(site, name, own, known or own)
             for n, x in own.items():
                 rank = max(rank, *(x.shape[axis] for axis in axes.get(n, ())), 0)
                 dtype = jnp.result_type(known.get(n, x), x)
@@ -192,6 +187,17 @@ def template(site: Site, adapters: Mapping[str, Adapter], r: int | None) -> Temp
         parts[1][RANK_MASK] = jax.ShapeDtypeStruct((*site.stack_shape, rank), dtype)
     parts[1][PRESENT] = jax.ShapeDtypeStruct(site.stack_shape, bool)
     return parts[0], parts[1]
+
+
+def _check_arrays(site: Site, name: str, own: Iterable[str], known: Iterable[str]) -> None:
+    """Raises a ValueError unless an adapter has the arrays of the others at a site."""
+    mine, theirs = (sorted(set(names) - {PRESENT, RANK_MASK}) for names in (own, known))
+    if mine != theirs:
+        raise ValueError(
+            f"{site.name}: {name} has the arrays {mine} and another adapter {theirs}: adapters "
+            f"that keep their start (PiSSA, OLoRA) are stacked among themselves, or after "
+            f"convert_to_lora"
+        )
 
 
 def as_expert(
@@ -219,6 +225,8 @@ def _at(
     axes = _rank_axes(adapter.config, len(site.stack_axes)) | {RANK_MASK: (-1,)}
     arrays, kept = site_arrays(adapter, own)
     frozen: dict[str, Any] = dict(kept)
+    for mine, theirs in zip((arrays, frozen), template, strict=True):
+        _check_arrays(site, name, mine, theirs)
     if RANK_MASK in template[1] and RANK_MASK not in frozen:
         n, x = next((n, x) for n, x in (arrays | frozen).items() if axes.get(n))
         frozen[RANK_MASK] = np.ones((*own.stack_shape, x.shape[axes[n][0]]))
@@ -236,6 +244,11 @@ def _at(
                     f"have {like.shape}" + ("; make room with a larger r" if ranked else "")
                 )
             width.append((0, 0 if stacked else room - have))
+        if n != RANK_MASK and not np.can_cast(array.dtype, like.dtype):
+            raise ValueError(
+                f"{site.name}: {n} of {name} is {array.dtype}, and {like.dtype} in the bank would "
+                f"round it: cast the adapter first, or make a bank with it in it"
+            )
         array = xp.asarray(array, like.dtype)
         array = xp.pad(array, width) if any(more for _, more in width) else array
         if not site.stack_axes or own.layers == site.layers:

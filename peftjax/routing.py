@@ -119,7 +119,9 @@ class AdapterBank:
           adapter: the expert.
 
         Raises:
-          ValueError: there is no room for another expert, for its rank or for its modules.
+          ValueError: there is no room for another expert, for its rank or for its modules; it is
+            of another family or model, as for ``stack_adapters``; or its numbers are of a dtype
+            that the bank would round.
         """
         free = [i for i, own in enumerate(self.names) if own is None]
         if name not in self.names and not free:

@@ -287,6 +287,20 @@ class TestBank:
         assert changed[2] == 0
 
 
+@pytest.mark.parametrize("axis", [None, 0])
+def test_dropout_of_equal_rows(axis):
+    """Every row has its own, of the bank and of an adapter beside it."""
+    params, x = {"dense": normal(4, 3)}, jnp.repeat(normal(1, 5, 4, std=1), 3, axis=0)
+    function = lambda params, x: x @ params["dense"]  # noqa: E731
+    config = lora(r=2, lora_dropout=0.5, target_modules=["dense"])
+    one = experts({"a": config}, find_sites(function, params, x))["a"]
+    rows = stack_adapters({"a": one}).rows([0, 0, 0])
+    adapted, key = adapt(function, batch_axes=axis), jax.random.key(1)
+    for own in (rows.train(key), [rows, one.train(key)]):
+        out = adapted(params, own, x)
+        assert all(jnp.abs(out[i] - out[i - 1]).max() > 1e-3 for i in range(3))
+
+
 def _naive_mix(known, params, x, weights):
     """The same, written out layer by layer."""
 
@@ -518,6 +532,28 @@ class TestMistakes:
         one = make(lora(r=2, target_modules=["up"]))
         with pytest.raises(ValueError, match="another model"):
             stack_adapters({"one": one, "other": other})
+        with pytest.raises(ValueError, match="another model"):
+            stack_adapters({"one": one}, capacity=2).add("other", other)
+
+    def test_added_as_strictly_as_stacked(self):
+        params, x = {"square": normal(4, 4)}, normal(2, 4)
+
+        def make(function, dtype=None, **fields):
+            config = LoraConfig(r=2, target_modules=["square"], **fields)
+            return init_adapter(KEY, config, find_sites(function, params, x), params, dtype=dtype)
+
+        def plain(params, x):
+            return x @ params["square"]
+
+        bank = stack_adapters({"one": make(plain)}, capacity=2)
+        with pytest.raises(ValueError, match=r"square: other was made for another model"):
+            bank.add("other", make(lambda params, x: x @ params["square"].T))
+        with pytest.raises(ValueError, match="keep their start"):
+            bank.add("other", make(plain, init_lora_weights="pissa"))
+        half = stack_adapters({"one": make(plain, "bfloat16")}, capacity=2)
+        with pytest.raises(ValueError, match="lora_A of other is float32, and bfloat16 in the"):
+            half.add("other", make(plain))
+        assert bank.add("other", half["one"])["other"].params["square"]["lora_A"].dtype == "float32"
 
     def test_no_room(self, made):
         _, _, make = made
