@@ -1,6 +1,7 @@
 """Decoding with a KV cache: a prompt is read once, then token follows token in one program."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jax.tree_util import keystr, tree_flatten_with_path
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from peftjax.adapt import adapt
 from peftjax.adapter import Adapter
 from peftjax.attach import as_sequence
-from peftjax.first_pass import routing, xlora_scalings
+from peftjax.engine import compat
+from peftjax.first_pass import HiddenStates, routing, xlora_scalings
 from peftjax.trees import Static, split
 
 
@@ -32,6 +35,8 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     token_by_token: bool = False,
+    batch_axes: Any = None,
+    hidden_states: HiddenStates | None = None,
     return_scalings: bool = False,
 ) -> (
     Int[Array, "batch new"]
@@ -47,7 +52,8 @@ def generate(
     Args:
       apply_fn: ``apply_fn(params, ids, cache) -> (logits, cache)``, a pure function that reads the
         next tokens of each row, of shape (batch, length), and gives logits of shape (batch, length,
-        vocabulary), or (batch, 1, vocabulary) for the last position alone.
+        vocabulary), or (batch, 1, vocabulary) for the last position alone. Where ``hidden_states``
+        is given, it may return more behind these two.
       params: its params.
       adapter: an Adapter, a sequence of them or None; a bank's rows and X-LoRA too.
       ids: the prompts, of one length. Shorter ones are padded on the left, and what is padding is
@@ -57,16 +63,22 @@ def generate(
       max_new_tokens: how many tokens to decode for each row.
       temperature: what logits are divided by before a token is drawn; 0 takes the likeliest.
       key: a PRNG key, with a temperature. The i-th token is drawn with ``fold_in(key, i)``.
-      top_k: draw from that many of the likeliest tokens alone.
-      eos_token_id: the token that ends a row, or several.
+      top_k: draw from that many of the likeliest tokens alone; of equal ones the first count.
+      eos_token_id: the token that ends a row, or a sequence of several.
       pad_token_id: what follows it; by default the (first) ``eos_token_id``.
       token_by_token: read the prompt in steps of one token too, as a model needs that takes only
         one with its cache; the attention of Flax with ``decode=True`` is such a one.
+      batch_axes: where the rows lie in ids and cache, as ``adapt`` takes it, for a bank's rows in a
+        model whose shapes do not tell. All of the cache then needs an axis of rows.
+      hidden_states: for X-LoRA, the last hidden states out of what ``apply_fn`` returns, as
+        ``adapt`` takes it; needed by a model whose logits are more than the output head gives, such
+        as capped ones. Define it once, like ``apply_fn``.
       return_scalings: for X-LoRA, whether to return ``(tokens, scalings)``: besides the tokens the
         weights the experts got, of shape (batch, length + max_new_tokens - 1, layers, experts).
 
     Returns:
-      The new tokens, of shape (batch, max_new_tokens).
+      The new tokens, of shape (batch, max_new_tokens); in the dtype of ``ids``, or int32 where that
+      is a narrower one.
 
     Raises:
       ValueError: an option is out of range, a temperature lacks its key, or ``apply_fn`` does not
@@ -99,24 +111,28 @@ def generate(
         raise ValueError(
             "return_scalings=True needs an X-LoRA adapter that mixes its experts by itself"
         )
+    ids = jnp.asarray(ids)
     if ids.ndim != 2 or 0 in ids.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
         raise ValueError(
             f"ids are integers of shape (batch, length), one token a row at least; got "
             f"{ids.dtype}{list(ids.shape)}"
         )
+    if ids.dtype.itemsize < 4:
+        # Prompts of few words may be followed by any.
+        ids = ids.astype(jnp.int32)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be 1 or more, got {top_k}")
     traced = isinstance(temperature, jax.core.Tracer)
-    if not traced and temperature < 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    if not traced and not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or more, and finite, got {temperature}")
     drawn = traced or bool(temperature != 0)
     if drawn and key is None:
         raise ValueError("to draw tokens at a temperature pass key=, a PRNG key")
-    ends = () if eos_token_id is None else tuple(np.atleast_1d(eos_token_id).tolist())
-    if pad_token_id is None and ends:
-        pad_token_id = ends[0]
+    ends = _ends(eos_token_id)
+    if pad_token_id is not None and not ends:
+        raise ValueError("pad_token_id is what follows an eos_token_id, and there is none")
     arrays, static = split(params)
     tokens, scalings = _decode(
         apply_fn,
@@ -130,7 +146,9 @@ def generate(
         count=max_new_tokens,
         top_k=top_k,
         ends=ends,
-        pad=pad_token_id,
+        pad=ends[0] if ends and pad_token_id is None else pad_token_id,
+        batch_axes=split(batch_axes)[1],
+        hidden_states=hidden_states,
         token_by_token=token_by_token,
         return_scalings=return_scalings,
     )
@@ -140,7 +158,16 @@ def generate(
 @functools.partial(
     jax.jit,
     static_argnums=(0, 1),
-    static_argnames=("count", "top_k", "ends", "pad", "token_by_token", "return_scalings"),
+    static_argnames=(
+        "count",
+        "top_k",
+        "ends",
+        "pad",
+        "batch_axes",
+        "hidden_states",
+        "token_by_token",
+        "return_scalings",
+    ),
 )
 def _decode(
     apply_fn: Callable[..., Any],
@@ -156,12 +183,17 @@ def _decode(
     top_k: int | None,
     ends: tuple[int, ...],
     pad: int | None,
+    batch_axes: Static,
+    hidden_states: HiddenStates | None,
     token_by_token: bool,
     return_scalings: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The new tokens, and X-LoRA's scalings for all tokens that were read."""
     params = static.fill(arrays)
-    step = _stepping(_checked(apply_fn), params, adapters)
+    checked = _checked(apply_fn, more=hidden_states is not None)
+    adapted = adapt(checked, batch_axes=batch_axes.fill([]))
+    first = xlora_scalings(checked, hidden_states=hidden_states)
+    step = _stepping(adapted, first, params, adapters)
 
     def chosen(
         logits: Float[Array, "batch vocabulary"], place: Any, done: jax.Array
@@ -201,16 +233,27 @@ def _in_order(steps: Any) -> Any:
     return jax.tree.map(lambda array: jnp.moveaxis(array[:, :, 0], 0, 1), steps)
 
 
+def _ends(eos_token_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The tokens that end a row."""
+    ends = np.atleast_1d(() if eos_token_id is None else eos_token_id)
+    if ends.size and (ends.ndim > 1 or not np.issubdtype(ends.dtype, np.integer)):
+        raise ValueError(f"eos_token_id is a token or a sequence of them, got {eos_token_id!r}")
+    return tuple(ends.tolist())
+
+
 def _stepping(
-    apply_fn: Callable[..., Any], params: Any, adapters: tuple[Adapter, ...]
+    adapted: Callable[..., Any],
+    first: Callable[..., Any],
+    params: Any,
+    adapters: tuple[Adapter, ...],
 ) -> Callable[[jax.Array, Any], tuple[jax.Array, jax.Array | None, Any]]:
     """What reads tokens: gives the last position's logits, X-LoRA's scalings and the caches."""
-    adapted, first, position = adapt(apply_fn), xlora_scalings(apply_fn), routing(adapters)
+    position = routing(adapters)
 
     def step(ids: jax.Array, caches: Any) -> tuple[jax.Array, jax.Array | None, Any]:
         (cache, passing), scalings, own = caches, None, list(adapters)
         if position is not None:
-            scalings, (_, passing) = first(params, adapters, ids, passing)
+            scalings, (_, passing, *_) = first(params, adapters, ids, passing)
             if scalings.shape[:2] != ids.shape:
                 raise ValueError(
                     f"X-LoRA's classifier needs a hidden state for every token, and this model's "
@@ -218,7 +261,7 @@ def _stepping(
                     f"{ids.shape}: let it read all of them, or pass token_by_token=True"
                 )
             own[position] = adapters[position].with_scalings(scalings)
-        logits, cache = adapted(params, own, ids, cache)
+        logits, cache, *_ = adapted(params, own, ids, cache)
         return logits[:, -1], scalings, (cache, passing)
 
     return step
@@ -235,24 +278,34 @@ def _pick(
     if temperature is None or source is None:
         return jnp.argmax(logits, axis=-1)
     if top_k is not None:
-        least = lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        spec = compat.explicit_spec(logits)
+        whole = compat.place_like(logits, spec and PartitionSpec(spec[0], None), logits)
+        values, places = lax.top_k(whole, min(top_k, logits.shape[-1]))
+        least, last = values[:, -1:], places[:, -1:]
+        # Of tokens as likely as the least of them, those in front are among them.
+        tied = (whole == least) & (jnp.arange(logits.shape[-1])[None] <= last)
+        logits = jnp.where((whole > least) | tied, whole, -jnp.inf)
+    # The likeliest becomes 0, which no temperature makes infinite.
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    temperature = jnp.maximum(temperature, jnp.finfo(jnp.float32).tiny)
     return jax.random.categorical(jax.random.fold_in(*source), logits / temperature)
 
 
-def _checked(apply_fn: Callable[..., Any]) -> Callable[[Any, jax.Array, Any], tuple[Any, Any]]:
+def _checked(
+    apply_fn: Callable[..., Any], *, more: bool
+) -> Callable[[Any, jax.Array, Any], tuple[Any, ...]]:
     """A model that raises a ValueError unless it returns logits and a cache like the one it got."""
 
-    def run(params: Any, ids: jax.Array, cache: Any) -> tuple[Any, Any]:
+    def run(params: Any, ids: jax.Array, cache: Any) -> tuple[Any, ...]:
         out = apply_fn(params, ids, cache)
-        if not isinstance(out, tuple | list) or len(out) != 2:
+        if not isinstance(out, tuple | list) or len(out) < 2 or (len(out) > 2 and not more):
             many = isinstance(out, tuple | list)
             kind = "an array" if isinstance(out, jax.Array) else f"a {type(out).__name__}"
             raise ValueError(
                 f"apply_fn(params, ids, cache) has to return (logits, cache), got "
                 f"{f'{len(out)} values' if many else kind}"
             )
-        logits, after = out
+        logits, after, *rest = out
         batch, length = ids.shape
         shape = jnp.shape(logits)
         if len(shape) != 3 or shape[0] != batch or shape[1] not in (1, length):
@@ -271,7 +324,7 @@ def _checked(apply_fn: Callable[..., Any]) -> Callable[[Any, jax.Array, Any], tu
                 f"the cache has to keep its structure and shapes, and this model changes "
                 f"{'; '.join(changed[:5])}"
             )
-        return logits, after
+        return logits, after, *rest
 
     return run
 

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from models import redraw
 
 from peftjax import (
@@ -410,6 +412,25 @@ class TestChoice:
         np.testing.assert_array_equal(one, again)
         assert (one != other).any()
 
+    def test_of_equal_ones_the_first(self):
+        def level(params, ids, cache):
+            return params["head"][ids], cache
+
+        head = jnp.array([[0, 3, 1, 3, 3, 2.0]] * 6)
+        options = {"max_new_tokens": 40, "temperature": 1.0, "key": KEY}
+        for top_k, want in ((1, {1}), (2, {1, 3}), (3, {1, 3, 4}), (9, {0, 1, 2, 3, 4, 5})):
+            out = generate(level, {"head": head}, None, IDS[:1, :1], {}, top_k=top_k, **options)
+            assert set(out.ravel().tolist()) <= want
+            assert {1, 3, 4} & want <= set(out.ravel().tolist())
+
+    @pytest.mark.parametrize("top_k", [None, 3])
+    def test_next_to_no_temperature_is_none(self, top_k):
+        want = decoded("plain", None, temperature=0.0)
+        run = functools.partial(decoded, "plain", None, top_k=top_k)
+        np.testing.assert_array_equal(run(temperature=1e-39), want)
+        traced = jax.jit(lambda temperature: run(temperature=temperature))
+        np.testing.assert_array_equal(traced(0.0), want)
+
     def test_a_row_ends(self):
         free = decoded("plain", None)
         end = int(free[0, 2])
@@ -442,6 +463,98 @@ def test_other_arrays_are_no_new_program():
     assert out.shape == (BATCH, NEW)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32"])
+def test_prompts_of_narrow_integers(dtype):
+    """The vocabulary may have more tokens than they can count."""
+
+    def next_one(params, ids, cache):
+        return params["head"]["kernel"][ids], cache
+
+    params = {"head": {"kernel": jnp.roll(jnp.eye(300), 100, axis=1)}}
+    out = generate(
+        next_one, params, None, jnp.array([[7, 20]], dtype), {}, max_new_tokens=4, eos_token_id=299
+    )
+    assert out.tolist() == [[120, 220, 20, 120]]
+    assert out.dtype == ("uint32" if dtype == "uint32" else "int32")
+    listed = generate(next_one, params, None, [[7, 20]], {}, max_new_tokens=4)
+    np.testing.assert_array_equal(listed, out)
+
+
+def capped(params, ids, cache):
+    """The plain model with a cap on its logits, which gives its hidden states too."""
+    hidden, cache = plain({**params, "head": jnp.eye(WIDTH)}, ids, cache)
+    return 3 * jnp.tanh(hidden @ params["head"] / 3), cache, hidden
+
+
+def third(out):
+    return out[2]
+
+
+def test_hidden_states_said_by_the_caller():
+    """A cap leaves the likeliest what they are, but the head's result is no logits any more."""
+    model, adapter = decoder("plain"), mixture("plain")
+    options = {"max_new_tokens": NEW, "return_scalings": True}
+    run = functools.partial(
+        generate, capped, model.params, adapter, IDS, model.cache(BATCH), **options
+    )
+    got, scalings = run(hidden_states=third)
+    want, weights = decoded("plain", adapter, temperature=0.0, return_scalings=True)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(scalings, weights, atol=1e-5)
+    with pytest.raises(ValueError, match=r"return \(logits, cache\), got 3 values"):
+        run()
+
+    def logits_alone(params, ids, cache):
+        return capped(params, ids, cache)[:2]
+
+    with pytest.raises(ValueError, match="hidden_states="):
+        generate(logits_alone, model.params, adapter, IDS, model.cache(BATCH), **options)
+
+
+def test_rows_that_the_shapes_do_not_tell():
+    def time_major(params, ids, total):
+        h = jnp.tanh(params["embed"][ids.T].reshape(-1, WIDTH) @ params["up"])
+        h = jnp.swapaxes(h.reshape(*ids.T.shape, -1), 0, 1)
+        sums = total["sum"] + jnp.cumsum(h, axis=1)
+        return sums @ params["head"], {"sum": sums[:, -1:]}
+
+    params = {name: decoder("plain").params[name] for name in ("embed", "up", "head")}
+    cache = {"sum": jnp.zeros((BATCH, 1, 10))}
+    params["head"] = redraw(jnp.zeros((10, WORDS)))
+    sites = find_sites(time_major, params, IDS, cache)
+    made = init_adapter(KEY, lora(r=2, target_modules=["up"]), sites)
+    known = {name: made.replace(params=redraw(made.params, seed=i)) for i, name in enumerate("ab")}
+    run = functools.partial(generate, time_major, params, max_new_tokens=NEW, **SAMPLED)
+    bank = stack_adapters(known)
+    got = run(bank.rows(["b", None, "a"]), IDS, cache, batch_axes=(0, {"sum": 0}))
+    want = [run(adapter, IDS, cache) for adapter in (known["b"], None, known["a"])]
+    np.testing.assert_array_equal(got, jnp.stack([out[i] for i, out in enumerate(want)]))
+
+
+def test_a_vocabulary_that_is_split():
+    """Under Explicit axes; the rows stay split as they were."""
+
+    def summed(params, ids, total):
+        h = params["embed"].at[ids].get(out_sharding=rows)
+        sums = total + jnp.cumsum(h, axis=1)
+        return jnp.matmul(sums, params["head"]), sums[:, -1:]
+
+    params = redraw({"embed": jnp.zeros((16, 4)), "head": jnp.zeros((4, 16))})
+    args = jnp.array([[1, 2, 3], [4, 5, 6]]), jnp.zeros((2, 1, 4))
+    options = {"max_new_tokens": 5, "temperature": 2.0, "key": KEY, "top_k": 3}
+    rows = None
+    want = generate(lambda *args: summed(*args), params, None, *args, **options)
+    rows = P("data", None, None)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        where = {"embed": P(), "head": P(None, "model")}, (P("data", None), P("data", None, None))
+        params, args = jax.device_put(
+            (params, args), jax.tree.map(functools.partial(NamedSharding, mesh), where)
+        )
+        got = generate(lambda *args: summed(*args), params, None, *args, **options)
+    np.testing.assert_array_equal(jax.device_get(got), want)
+
+
 def test_token_by_token():
     adapter = mixture("flax", scaling_pass_value=0.7)
     tokens, scalings = decoded("flax", adapter, token_by_token=True, return_scalings=True)
@@ -457,7 +570,13 @@ class TestErrors:
             ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
             ({"temperature": 0.5, "key": None}, "pass key=, a PRNG key"),
             ({"temperature": -1.0}, "temperature must be 0 or more"),
+            ({"temperature": float("nan")}, "0 or more, and finite, got nan"),
+            ({"temperature": float("inf")}, "0 or more, and finite, got inf"),
             ({"top_k": 0}, "top_k must be 1 or more"),
+            ({"eos_token_id": {1, 2}}, r"a token or a sequence of them, got \{1, 2\}"),
+            ({"eos_token_id": 2.0}, "a token or a sequence of them, got 2.0"),
+            ({"eos_token_id": [[1, 2]]}, "a token or a sequence of them"),
+            ({"pad_token_id": 0}, "follows an eos_token_id, and there is none"),
             ({"return_scalings": True}, "needs an X-LoRA adapter"),
         ],
     )
