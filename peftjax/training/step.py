@@ -78,10 +78,12 @@ def make_train_step(
     Args:
       loss_fn: ``loss_fn(params, adapter, batch)``, which calls an adapted function and gives the
         mean loss over the rows of the batch, or that and a dict of further scalars to report.
-      optimizer: the optimizer that the state was made with.
+      optimizer: the optimizer that the state was made with. It is told the loss too, as
+        ``optax.contrib.reduce_on_plateau`` wants it; one with a line search, which evaluates the
+        loss elsewhere, cannot be used.
       accumulate: into how many equal parts, along the first axis of its arrays, a batch is cut;
-        they run one after the other, and their gradients and metrics are averaged. Each has a
-        dropout of its own.
+        they run one after the other, and their gradients and metrics are averaged, of whole
+        numbers and booleans as float32. Each has a dropout of its own.
       shardings: where the state lies, as ``adapter_shardings(state, params)`` gives it; None
         leaves it to the compiler. Under Explicit mesh axes it is not needed. What has another
         ``memory_kind`` than the chips' own, such as an ``opt_state`` in ``"pinned_host"``, is
@@ -94,7 +96,8 @@ def make_train_step(
 
     Raises:
       ValueError: ``accumulate`` is no positive integer; from the step: it does not divide the
-        batch, or ``loss_fn`` returns no scalar.
+        batch, ``loss_fn`` returns no scalar or reports what the step does, or the optimizer has a
+        line search.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, peftjax
@@ -115,6 +118,10 @@ def make_train_step(
     """
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"`accumulate` must be an integer of 1 or more, got {accumulate!r}")
+    if isinstance(optimizer, optax.MultiSteps):
+        # It hands on what it is told, which its own gradient_transformation() does not say.
+        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def gradients(
         state: TrainState, params: Any, batch: Any, part: Any
@@ -132,6 +139,11 @@ def make_train_step(
                     f"the loss must be a scalar, the mean over the rows of the batch, and has "
                     f"shape {jnp.shape(loss)}"
                 )
+            if taken := sorted({"loss", "grad_norm"}.intersection(metrics)):
+                raise ValueError(
+                    f"loss_fn reports {' and '.join(taken)}, which the step reports itself: give "
+                    f"it another name"
+                )
             return loss, (loss, metrics)
 
         return jax.grad(total, has_aux=True)(adapter.params)
@@ -145,7 +157,9 @@ def make_train_step(
                 lambda part, i: gradients(state, params, part, i), _parts(batch, accumulate)
             )
         trainable = state.adapter.params
-        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, trainable, value=loss, grad=grads, value_fn=_elsewhere
+        )
         after = TrainState(
             state.adapter.replace(params=optax.apply_updates(trainable, updates)),
             opt_state,
@@ -156,6 +170,14 @@ def make_train_step(
 
     out = None if shardings is None else (shardings, None)
     return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _elsewhere(params: Any) -> Array:
+    """What a line search calls; nothing else does."""
+    raise ValueError(
+        "this optimizer has a line search, which needs the loss at other params than those of the "
+        "step: take one without, as optax.lbfgs(learning_rate, linesearch=None)"
+    )
 
 
 def _on_chips(state: TrainState, shardings: Any) -> TrainState:

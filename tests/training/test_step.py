@@ -380,6 +380,59 @@ def sharded_loss(kind):
     return lambda p, a, batch: jnp.square(adapted(p, a, batch["x"]) - batch["y"]).mean()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("several", [False, True])
+def test_optimizers_that_want_the_loss(accumulate, several):
+    """Optax's own Polyak step is the loss over the squared norm of the gradient."""
+    params, optimizer = mlp_params(), optax.polyak_sgd(max_learning_rate=100.0)
+    if several:
+        optimizer = optax.MultiSteps(optimizer, 1)
+    step = make_train_step(loss_fn, optimizer, accumulate=accumulate)
+    with jax.numpy_dtype_promotion("standard"):
+        state, metrics = step(init_train_state(drawn(), optimizer), params, BATCH)
+    slope = jax.grad(lambda own: loss_fn(params, drawn().replace(params=own), BATCH))(
+        drawn().params
+    )
+    rate = metrics["loss"] / metrics["grad_norm"] ** 2
+    want = jax.tree.map(lambda p, g: p - rate * g, drawn().params, slope)
+    near(state.adapter.params, want, 1e-5)
+
+
+def test_a_rate_that_falls_where_the_loss_does_not():
+    params = mlp_params()
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=1.0)
+    optimizer = optax.chain(optax.sgd(0.1), plateau)
+    step = make_train_step(loss_fn, optimizer)
+    with jax.numpy_dtype_promotion("standard"):
+        state, _ = run(step, init_train_state(drawn(), optimizer), params, BATCH, 3)
+    assert float(state.opt_state[1].scale) < 1
+
+
+def test_a_line_search_is_an_error_before_anything_runs():
+    params = mlp_params()
+    for optimizer in (optax.lbfgs(), optax.MultiSteps(optax.lbfgs(), 2)):
+        with jax.numpy_dtype_promotion("standard"):
+            step = make_train_step(loss_fn, optimizer)
+            state = init_train_state(drawn(), optimizer)
+            with pytest.raises(ValueError, match="this optimizer has a line search"):
+                jax.eval_shape(step, state, params, BATCH)
+    optimizer = optax.lbfgs(0.1, linesearch=None)
+    with jax.numpy_dtype_promotion("standard"):
+        step = make_train_step(loss_fn, optimizer)
+        jax.eval_shape(step, init_train_state(drawn(), optimizer), params, BATCH)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_what_the_step_reports_is_its_own(name):
+    def named(params, adapter, batch):
+        return loss_fn(params, adapter, batch), {name: 7.0, "mine": 1.0}
+
+    for parts in (1, 2):
+        step = make_train_step(named, optax.sgd(0.1), accumulate=parts)
+        with pytest.raises(ValueError, match=f"loss_fn reports {name}, which the step reports"):
+            step(init_train_state(drawn(), optax.sgd(0.1)), mlp_params(), BATCH)
+
+
 def test_errors():
     params, optimizer = mlp_params(), optax.sgd(0.1)
     for wrong in (0, -1, 2.0, True, None):
