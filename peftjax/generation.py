@@ -63,7 +63,7 @@ def generate(
       max_new_tokens: how many tokens to decode for each row.
       temperature: what logits are divided by before a token is drawn; 0 takes the likeliest.
       key: a PRNG key, with a temperature. The i-th token is drawn with ``fold_in(key, i)``.
-      top_k: draw from that many of the likeliest tokens alone; of equal ones the first count.
+      top_k: draw from that many of the likeliest tokens alone; of equal ones, from those in front.
       eos_token_id: the token that ends a row, or a sequence of several.
       pad_token_id: what follows it; by default the (first) ``eos_token_id``.
       token_by_token: read the prompt in steps of one token too, as a model needs that takes only
