@@ -1,11 +1,13 @@
 """Kills a process at random moments while it saves checkpoints, and looks at what is left.
 
     python -m benchmarks.kill_saves --kills 100
+    python -m benchmarks.kill_saves --kills 100 --way adapter
 
 A child trains nothing: it saves one checkpoint after the other, the arrays of each told by its
-step, and goes on from the newest it finds. After every kill the newest checkpoint has to be there,
-at least as new as the last that the child knew to be complete, with the arrays of its step to the
-last bit. The moments are drawn evenly over a few saves.
+step, and goes on from the newest it finds; or one adapter over the other in the same place. After
+every kill the newest has to be there, at least as new as the last that the child knew to be
+complete, with the arrays of its step to the last bit. The moments are drawn evenly over a few
+saves.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import pathlib
 import random
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +30,10 @@ from rich.console import Console
 from rich.progress import track
 
 import peftjax
+from peftjax.checkpoint import restore_adapter, save_adapter
 
 WIDTH, LAYERS, RANK = 256, 12, 16
+MOST = 60  # saves of one child
 SAVES = 3  # over how many saves the moments are spread
 
 
@@ -55,19 +61,80 @@ def state_at(step: int) -> peftjax.TrainState:
     return jax.tree.map(lambda x: jnp.asarray(rng.integers(0, 1000, x.shape), x.dtype), shapes())
 
 
-def save_on_and_on(directory: str, told: multiprocessing.connection.Connection) -> None:
-    """What the child does until it is killed."""
+def adapter_at(step: int) -> peftjax.Adapter:
+    """An adapter told by its step, which its config says as well."""
+    adapter = state_at(step).adapter
+    return dataclasses.replace(adapter, config=dataclasses.replace(adapter.config, lora_alpha=step))
+
+
+def save_checkpoints(directory: str, told: multiprocessing.connection.Connection) -> None:
+    """What the child does until it is killed: one checkpoint after the other."""
     with peftjax.AdapterCheckpointer(directory, max_to_keep=3) as checkpointer:
         step = checkpointer.latest_step()
         if step is not None:
             checkpointer.restore(shapes())
-        states = {n: state_at(n) for n in range((step or 0) + 1, (step or 0) + 60)}
+        states = {n: state_at(n) for n in range((step or 0) + 1, (step or 0) + MOST)}
         told.send(("ready", step))
         for n, state in states.items():
             told.send(("begins", n))
             checkpointer.save(n, state, data_position=n)
             checkpointer.wait_until_finished()
             told.send(("complete", n))
+
+
+def newest_checkpoint(directory: str) -> "Found":
+    """What a directory of checkpoints holds."""
+    with peftjax.AdapterCheckpointer(directory, max_to_keep=3) as checkpointer:
+        step = checkpointer.latest_step()
+        if step is None:
+            return Found(None, False)
+        got, position = checkpointer.restore(shapes())
+    return Found(step, position == step and same(got, state_at(step)))
+
+
+def save_adapters(directory: str, told: multiprocessing.connection.Connection) -> None:
+    """What the child does until it is killed: one adapter over the other."""
+    step = newest_adapter(directory).step
+    adapters = {n: adapter_at(n) for n in range((step or 0) + 1, (step or 0) + MOST)}
+    told.send(("ready", step))
+    for n, adapter in adapters.items():
+        told.send(("begins", n))
+        save_adapter(directory, adapter)
+        told.send(("complete", n))
+
+
+def newest_adapter(directory: str) -> "Found":
+    """What the directory of an adapter holds."""
+    try:
+        got = restore_adapter(directory)
+    except FileNotFoundError:
+        return Found(None, False)
+    step = got.config.lora_alpha
+    return Found(step, same(got, adapter_at(step)))
+
+
+def same(got, want) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), got, want)))
+
+
+class Found(NamedTuple):
+    """The step of the newest thing saved, None if there is none; and whether it is that step's."""
+
+    step: int | None
+    intact: bool
+
+
+class Way(NamedTuple):
+    """A way to save: what the child does, and how to look at what it left."""
+
+    save_on_and_on: Callable[[str, multiprocessing.connection.Connection], None]
+    newest: Callable[[str], Found]
+
+
+WAYS = {
+    "checkpoints": Way(save_checkpoints, newest_checkpoint),
+    "adapter": Way(save_adapters, newest_adapter),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +160,13 @@ class Kill:
         return self.intact and self.found is not None and self.found >= (self.complete or 0)
 
 
-def kill_once(directory: pathlib.Path, rng: random.Random, seconds: float) -> Kill:
+def kill_once(directory: pathlib.Path, rng: random.Random, seconds: float, way: Way) -> Kill:
     """Starts a child, kills it after at most so many seconds of saving, and looks."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peftjax.checkpointer", "rich.progress"])
+    preload = ["peftjax.checkpointer", "peftjax.checkpoint", "rich.progress"]
+    context.set_forkserver_preload(preload)
     told, tells = context.Pipe(duplex=False)
-    child = context.Process(target=save_on_and_on, args=(str(directory), tells), daemon=True)
+    child = context.Process(target=way.save_on_and_on, args=(str(directory), tells), daemon=True)
     child.start()
     tells.close()
     if not told.poll(120):
@@ -115,13 +183,8 @@ def kill_once(directory: pathlib.Path, rng: random.Random, seconds: float) -> Ki
             complete = step if what == "complete" else complete
     except EOFError:
         pass
-    with peftjax.AdapterCheckpointer(directory, max_to_keep=3) as checkpointer:
-        found = checkpointer.latest_step()
-        if found is None:
-            return Kill(inside, complete, None, False)
-        got, position = checkpointer.restore(shapes())
-    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), got, state_at(found))
-    return Kill(inside, complete, found, position == found and all(jax.tree.leaves(same)))
+    found = way.newest(str(directory))
+    return Kill(inside, complete, found.step, found.intact)
 
 
 def seconds_of_a_save(directory: pathlib.Path) -> float:
@@ -134,12 +197,17 @@ def seconds_of_a_save(directory: pathlib.Path) -> float:
         return time.perf_counter() - start
 
 
-def kills(directory: pathlib.Path, count: int, seed: int):
+def kills(
+    directory: pathlib.Path,
+    count: int,
+    seed: int,
+    way: Literal["checkpoints", "adapter"] = "checkpoints",
+):
     """The kills, one after the other in one directory."""
     seconds = SAVES * seconds_of_a_save(directory / "measure")
     rng = random.Random(seed)
     for _ in range(count):
-        yield kill_once(directory / "run", rng, seconds)
+        yield kill_once(directory / "run", rng, seconds, WAYS[way])
 
 
 def main() -> None:
@@ -148,16 +216,17 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=100, help="how many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    parser.add_argument("--way", choices=WAYS, default="checkpoints", help="what is saved")
     options = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory() as directory:
-        every = kills(pathlib.Path(directory), options.kills, options.seed)
+        every = kills(pathlib.Path(directory), options.kills, options.seed, options.way)
         met = list(track(every, "Killing", total=options.kills, console=console))
     lost = [kill for kill in met if not kill.lost_nothing]
     newest = max((kill.found or 0 for kill in met), default=0)
     console.print(
         f"{len(met)} kills, {sum(kill.inside for kill in met)} of them inside a save; "
-        f"{newest} checkpoints were completed; {len(lost)} kills lost something"
+        f"{newest} saves were completed; {len(lost)} kills lost something"
     )
     for kill in lost:
         console.print(kill)

@@ -1,28 +1,33 @@
 """Adapters on disk through Orbax: the adapter's arrays alone, never the model's."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from peftjax.adapter import Adapter
 from peftjax.methods import XLoraConfig, config_from
 from peftjax.sites import Leaf, Site, Sites
 
-_ARRAYS = "arrays"
-_CONFIG = "adapter_config.json"
-_STRUCTURE = "adapter_structure.json"
+_ADAPTER = "adapter.json"
+_ARRAYS = ("arrays", "arrays-2")
+_METADATA = "_METADATA"  # what Orbax writes last
 
 
 def save_adapter(directory: str | Path, adapter: Adapter) -> Path:
     """Writes an adapter's params and buffers, and as JSON beside them its config and its sites.
 
-    An adapter saved in the same directory before is replaced; other files there are left alone.
+    An adapter saved in the same directory before is replaced, from one moment to the next: a
+    process killed meanwhile leaves the old one or the new one, whole. Other files there are left
+    alone. In a run of several processes (``jax.distributed``) each of them has to call it.
 
     Args:
       directory: where to write; made if it does not exist.
@@ -30,16 +35,26 @@ def save_adapter(directory: str | Path, adapter: Adapter) -> Path:
 
     Returns:
       The directory, absolute.
+
+    Raises:
+      ValueError: the directory is in a bucket, or the config holds what JSON has no word for.
     """
-    directory = Path(directory).absolute()
+    directory = _located(directory)
+    # The new arrays lie beside the old ones until the file that names them is replaced, at once.
+    old = _arrays_in(directory)
+    new = next(name for name in _ARRAYS if name != old)
+    text = _text({"arrays": new, "config": adapter.config.to_dict(), **_structure(adapter)})
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory / _ARRAYS, _arrays(adapter), force=True)
+        checkpointer.save(directory / new, _arrays(adapter), force=True)
         checkpointer.wait_until_finished()
     if jax.process_index() == 0:
-        for name, data in ((_CONFIG, adapter.config.to_dict()), (_STRUCTURE, _structure(adapter))):
-            # What is in a field keeps its order, which means something for patterns and experts.
-            text = json.dumps(dict(sorted(data.items())), indent=2)
-            (directory / name).write_text(text + "\n", encoding="utf-8")
+        begun = directory / f"{_ADAPTER}.tmp"
+        begun.write_text(text, encoding="utf-8")
+        begun.replace(directory / _ADAPTER)
+        if old is not None:
+            shutil.rmtree(directory / old, ignore_errors=True)
+    # Who reads or saves next must find what the first process wrote.
+    multihost_utils.sync_global_devices("peftjax.save_adapter")
     return directory
 
 
@@ -58,22 +73,66 @@ def restore_adapter(directory: str | Path, like: Adapter | None = None) -> Adapt
 
     Raises:
       FileNotFoundError: no adapter was saved there.
-      ValueError: the saved arrays are not those of ``like``; the message names the first one.
+      ValueError: the saved arrays are not those of ``like``, or not whole; the message names the
+        first one.
     """
-    directory = Path(directory).absolute()
-    if not (directory / _ARRAYS).is_dir():
-        raise FileNotFoundError(f"no adapter in {directory}; save_adapter writes one")
-    if like is None:
-        like = _as_written(directory)
+    directory = _located(directory)
+    if not (directory / _ADAPTER).is_file():
+        begun = any((directory / name).exists() for name in _ARRAYS)
+        why = f"its arrays have no {_ADAPTER}, so its save did not end; " if begun else ""
+        raise FileNotFoundError(f"no adapter in {directory}: {why}save_adapter writes one")
+    place, written = _as_written(directory)
+    like = written if like is None else like
     wanted = jax.tree.map(_abstract, _arrays(like))
+    if not (place / _METADATA).is_file():
+        raise ValueError(f"{place} is not whole, it has no {_METADATA}: save the adapter again")
     with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(directory / _ARRAYS).item_metadata.tree
+        with _whole(place):
+            saved = checkpointer.metadata(place).item_metadata.tree
         _check(directory, _by_path(saved), _by_path(wanted))
-        arrays = checkpointer.restore(directory / _ARRAYS, wanted)
+        with _whole(place):
+            arrays = checkpointer.restore(place, wanted)
     return like.replace(
         params=_refilled(like.params, arrays["params"]),
         buffers=_refilled(like.buffers, arrays["buffers"]),
     )
+
+
+def _located(directory: str | Path) -> Path:
+    """The directory, absolute; raises for one that is on no file system."""
+    if "://" in str(directory):
+        raise ValueError(
+            f"{directory} is on no file system: AdapterCheckpointer saves into buckets, an adapter "
+            f"alone too"
+        )
+    return Path(directory).absolute()
+
+
+def _arrays_in(directory: Path) -> str | None:
+    """Where the arrays of the adapter lie that is there now; None if there is none."""
+    try:
+        name = json.loads((directory / _ADAPTER).read_text(encoding="utf-8"))["arrays"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if name in _ARRAYS else None
+
+
+def _text(data: dict[str, Any]) -> str:
+    """JSON for a file; what is in a field keeps its order: patterns and experts mean one."""
+    return json.dumps(dict(sorted(data.items())), indent=2) + "\n"
+
+
+@contextlib.contextmanager
+def _whole(place: Path) -> Iterator[None]:
+    """Makes one error of those by which Orbax takes note of files that are damaged."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"Orbax cannot read {place}, which seems damaged ({type(error).__name__}: {said}): "
+            f"save the adapter again"
+        ) from error
 
 
 def _structure(adapter: Adapter) -> dict[str, Any]:
@@ -107,13 +166,11 @@ def _record(of: Site | Leaf) -> dict[str, Any]:
     return fields
 
 
-def _as_written(directory: Path) -> Adapter:
-    """An adapter in the structure that was saved, with the shapes of its arrays alone."""
+def _as_written(directory: Path) -> tuple[Path, Adapter]:
+    """Where the arrays lie, and an adapter in the structure that was saved, with their shapes."""
     try:
-        config, structure = (
-            json.loads((directory / name).read_text(encoding="utf-8"))
-            for name in (_CONFIG, _STRUCTURE)
-        )
+        structure = json.loads((directory / _ADAPTER).read_text(encoding="utf-8"))
+        config = structure["config"]
         sites = Sites(tuple(_site(record) for record in structure["sites"]))
         saved = tuple(_leaf(record) for record in structure["saved"])
         arrays: Any = {
@@ -132,11 +189,12 @@ def _as_written(directory: Path) -> Adapter:
             mixture = {"scaling_pass_value": config["scaling_pass_value"]}
             mixture["experts"] = tuple(config_from(each) for each in structure["experts"])
             own = dataclasses.replace(own, **mixture, head=structure["head"])
-        return Adapter(**arrays, key=None, config=own, sites=sites, saved=saved)
+        place = directory / _ARRAYS[_ARRAYS.index(structure["arrays"])]
+        return place, Adapter(**arrays, key=None, config=own, sites=sites, saved=saved)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{directory} does not say what its adapter is ({type(error).__name__}: {error}): "
-            f"restore it into one that init_adapter made, with like="
+            f"{directory / _ADAPTER} does not say what the adapter is ({type(error).__name__}: "
+            f"{error}): save it again"
         ) from error
 
 
@@ -199,8 +257,8 @@ def _by_path(tree: Any) -> dict[str, Any]:
 def _check(directory: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises for the first array that is not on both sides alike."""
     remedy = (
-        "restore into an adapter that init_adapter made for the same model with the same config"
-        + (f" (see {directory / _CONFIG})" if (directory / _CONFIG).is_file() else "")
+        "restore into an adapter that init_adapter made for the same model with the same config "
+        f"(see {directory / _ADAPTER})"
     )
     for path, leaf in wanted.items():
         if path not in saved:

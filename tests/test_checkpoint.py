@@ -1,14 +1,17 @@
 """Adapters on disk: what goes in comes out, and what does not fit is refused by name."""
 
+import dataclasses
 import io
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import peftjax
@@ -91,10 +94,83 @@ def test_saving_again_replaces_and_leaves_the_rest(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def listed(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_saving_on_and_on_leaves_one_adapter(tmp_path: Path) -> None:
+    adapter = adapter_of()
+    for n in range(3):
+        adapter = trained(adapter)
+        checkpoint.save_adapter(tmp_path, adapter)
+        assert_same(checkpoint.restore_adapter(tmp_path), adapter)
+        assert listed(tmp_path) == ["adapter.json", "arrays-2" if n % 2 else "arrays"]
+
+
+@pytest.mark.parametrize("end", ["arrays", "text", "names"])
+def test_a_save_that_ends_early_leaves_the_old_adapter(
+    tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, new = adapter_of(), trained(adapter_of(rank=3))
+    checkpoint.save_adapter(tmp_path, adapter)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    places = {
+        "arrays": (ocp.StandardCheckpointer, "wait_until_finished"),
+        "text": (Path, "write_text"),
+        "names": (Path, "replace"),
+    }
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(*places[end], full)
+            with pytest.raises(OSError, match="No space"):
+                checkpoint.save_adapter(tmp_path, new)
+        assert_same(checkpoint.restore_adapter(tmp_path), adapter)
+    checkpoint.save_adapter(tmp_path, new)
+    assert_same(checkpoint.restore_adapter(tmp_path), new)
+    assert listed(tmp_path) == ["adapter.json", "arrays-2"]
+
+
+def test_a_config_that_is_no_json_loses_nothing(tmp_path: Path) -> None:
+    adapter = adapter_of()
+    checkpoint.save_adapter(tmp_path, adapter)
+    config = dataclasses.replace(adapter.config, target_modules=lambda site: True)
+    with pytest.raises((TypeError, ValueError)):
+        checkpoint.save_adapter(tmp_path, dataclasses.replace(adapter, config=config))
+    assert_same(checkpoint.restore_adapter(tmp_path), adapter)
+
+
+@pytest.mark.parametrize("gone", ["_METADATA", "manifest.ocdbt", "."])
+def test_half_an_adapter_is_said_to_be(tmp_path: Path, gone: str) -> None:
+    checkpoint.save_adapter(tmp_path, adapter_of())
+    path = tmp_path / "arrays" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for like in (None, adapter_of()):
+        with pytest.raises(ValueError, match=r"arrays.*: save the adapter again"):
+            checkpoint.restore_adapter(tmp_path, like)
+
+
+def test_arrays_without_a_name_are_no_adapter(tmp_path: Path) -> None:
+    checkpoint.save_adapter(tmp_path, adapter_of())
+    (tmp_path / "adapter.json").unlink()
+    for like in (None, adapter_of()):
+        with pytest.raises(FileNotFoundError, match=r"no adapter.json, so its save did not end"):
+            checkpoint.restore_adapter(tmp_path, like)
+
+
+def test_buckets_are_for_the_checkpointer() -> None:
+    with pytest.raises(ValueError, match="AdapterCheckpointer saves into buckets"):
+        checkpoint.save_adapter("gs://bucket/adapter", adapter_of())
+    with pytest.raises(ValueError, match="AdapterCheckpointer saves into buckets"):
+        checkpoint.restore_adapter("gs://bucket/adapter")
+
+
 def test_config_lies_beside_the_arrays(tmp_path: Path) -> None:
     adapter = adapter_of()
     checkpoint.save_adapter(tmp_path, adapter)
-    found = json.loads((tmp_path / "adapter_config.json").read_text())
+    found = json.loads((tmp_path / "adapter.json").read_text())["config"]
     assert found["r"] == 2
     assert found["lora_alpha"] == 5
 
@@ -181,9 +257,11 @@ def test_stacks_whole_leaves_and_empty_arrays_come_back_without_a_model(tmp_path
 @pytest.mark.parametrize("broken", ["{", "[]", '{"sites": [{"name": 1}]}'])
 def test_a_broken_structure_is_no_adapter(tmp_path: Path, broken: str) -> None:
     checkpoint.save_adapter(tmp_path, adapter_of())
-    (tmp_path / "adapter_structure.json").write_text(broken)
-    with pytest.raises(ValueError, match=r"does not say what its adapter is.*with like="):
+    (tmp_path / "adapter.json").write_text(broken)
+    with pytest.raises(ValueError, match=r"adapter.json does not say what the adapter is"):
         checkpoint.restore_adapter(tmp_path)
+    checkpoint.save_adapter(tmp_path, adapter_of())
+    assert_same(checkpoint.restore_adapter(tmp_path), adapter_of())
 
 
 @pytest.mark.parametrize(
@@ -210,9 +288,9 @@ def test_a_mixture_of_experts_comes_back(tmp_path: Path, fields: dict[str, Any])
 
 def test_a_mixture_without_its_experts_is_no_adapter(tmp_path: Path) -> None:
     checkpoint.save_adapter(tmp_path, mixture_of())
-    path = tmp_path / "adapter_structure.json"
+    path = tmp_path / "adapter.json"
     structure = json.loads(path.read_text())
     del structure["experts"]
     path.write_text(json.dumps(structure))
-    with pytest.raises(ValueError, match=r"KeyError: 'experts'.*with like="):
+    with pytest.raises(ValueError, match=r"KeyError: 'experts'"):
         checkpoint.restore_adapter(tmp_path)

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from training_run import train
 
+from peftjax.checkpoint import restore_adapter
+
 WORKER = Path(__file__).with_name("process_worker.py")
 STEPS, HOLD, SECONDS = 8, 5, 120
 
@@ -104,6 +106,9 @@ def test_two_processes_train_as_one(launch, tmp_path, alone):
     assert losses[STEPS - 1] < losses[0]
     last = tmp_path / "checkpoints" / str(STEPS)
     assert written_by(last) == {"ocdbt.process_0", "ocdbt.process_1"}
+    saved = tmp_path / "adapter"
+    assert sorted(path.name for path in saved.iterdir()) == ["adapter.json", "arrays-2"]
+    close(restore_adapter(saved).params, end)
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_on_another_mesh(launch, tmp_path, alone):

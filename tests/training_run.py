@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from pod import FSDP, IDS, PARAMS, WORDS, decoder
 
 import peftjax
+from peftjax.checkpoint import save_adapter
 
 ROWS, TOKENS = 16, 7
 CONFIG = peftjax.LoraConfig(
@@ -83,6 +84,8 @@ def train(shape, steps, directory, on_step=None, devices=None):
                 if on_step is not None:
                     on_step(n, losses[n])
         assert int(state.step) == steps
+        for _ in range(2):  # the second takes the place of the first
+            save_adapter(directory.with_name("adapter"), state.adapter)
     end = jax.tree.map(
         lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), state.adapter.params
     )

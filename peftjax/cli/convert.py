@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 Form = Literal["Orbax", "PEFT"]
 
 _RUN = "adapter"  # where quickstart puts the adapter of a run
-CONFIG = "adapter_config.json"
-_HOLDS = (
-    "an Orbax adapter has a directory arrays beside adapter_config.json, PEFT's has "
-    "adapter_model.safetensors"
-)
+CONFIG = "adapter_config.json"  # PEFT's
+_ORBAX = "adapter.json"
+_HOLDS = f"an Orbax adapter has {_ORBAX}, PEFT's has adapter_model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +100,11 @@ def find_source(directory: Path) -> Source:
     if not directory.is_dir():
         raise UsageError(f"no directory {directory}")
     for place in (directory, directory / _RUN):
-        orbax = (place / "arrays").is_dir()
+        orbax = (place / _ORBAX).is_file()
         peft = any((place / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin"))
         if orbax and peft:
             raise UsageError(
-                f"{place} holds an adapter of Orbax (arrays) and one of PEFT (adapter_model.*): "
+                f"{place} holds an adapter of Orbax ({_ORBAX}) and one of PEFT (adapter_model.*): "
                 "move one of them away"
             )
         if orbax or peft:
@@ -119,7 +117,7 @@ def find_source(directory: Path) -> Source:
 def check(options: Convert) -> Source:
     """Finds the adapter; raises ``UsageError`` for the first thing that cannot work."""
     source = find_source(options.source)
-    if _is_mixture(source.directory):
+    if _is_mixture(source):
         raise UsageError(
             f"{source.directory} holds an X-LoRA adapter, of several that lie in directories of "
             "their own: use save_pretrained and load_pretrained in Python, or convert one expert"
@@ -141,13 +139,21 @@ def check(options: Convert) -> Source:
     return source
 
 
-def _is_mixture(directory: Path) -> bool:
+def _is_mixture(source: Source) -> bool:
     """Whether the config of an adapter, of either form, is X-LoRA's."""
-    try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False  # whoever reads it says what is wrong
+    of_orbax = source.form == "Orbax"
+    data = _read_json(source.directory / (_ORBAX if of_orbax else CONFIG))
+    config = data.get("config") if of_orbax else data
     return isinstance(config, dict) and config.get("peft_type") == "XLORA"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What an object of JSON says; nothing where it cannot be read, as who needs it will say."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _check_flags(options: Convert, source: Source) -> None:

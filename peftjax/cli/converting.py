@@ -97,7 +97,7 @@ def _read(source: Source, model: Model | None, display: Display) -> Adapter:
     """The adapter, checked against the model."""
     if source.form == "Orbax":
         with display.phase("adapter", f"Reading {source.directory}"), _as_usage():
-            adapter = _restored(source.directory)
+            adapter = restore_adapter(source.directory)
             if model is not None:
                 check_leaves(leaf_paths(model.shapes), adapter.sites, adapter.saved)
         return adapter
@@ -111,19 +111,6 @@ def _read(source: Source, model: Model | None, display: Display) -> Adapter:
         adapter = peftjax.load_pretrained(source.directory, model.sites, params, names=model.names)
         models.check_weights(model, adapter, missing)
     return adapter
-
-
-def _restored(directory: Path) -> Adapter:
-    """The adapter that Orbax's files hold."""
-    # Orbax has no error of its own for files that are not there or damaged.
-    if not (directory / "arrays" / "_METADATA").is_file():
-        raise CommandError(f"{directory}: Orbax did not finish writing its arrays: no _METADATA")
-    try:
-        return restore_adapter(directory)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise CommandError(
-            f"{directory}: Orbax cannot read its arrays, which seem damaged"
-        ) from error
 
 
 def _starts_from_weights(directory: Path) -> bool:

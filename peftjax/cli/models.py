@@ -325,6 +325,8 @@ def save_model(directory: Path, model: Model, tensors: Mapping[str, np.ndarray])
 def _settings(directory: Path) -> Iterator[Path]:
     """The files of a model that are neither weights nor an adapter."""
     for path in sorted(directory.iterdir()):
-        weights = path.name.endswith(".index.json") or path.name.startswith("adapter_")
+        weights = path.name.endswith(".index.json") or path.name.startswith(
+            ("adapter.", "adapter_")
+        )
         if path.is_file() and path.suffix in _SETTINGS and not weights:
             yield path

@@ -69,11 +69,11 @@ def test_help_is_quick_to_start() -> None:
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What looks like adapters, models and other things, in the working directory."""
     for name in (
-        "orbax/arrays/x",
-        "run/adapter/arrays/x",
+        "orbax/adapter.json",
+        "run/adapter/adapter.json",
         "peft/adapter_config.json",
         "peft/adapter_model.safetensors",
-        "both/arrays/x",
+        "both/adapter.json",
         "both/adapter_model.bin",
         "text/notes.txt",
         "model/config.json",
@@ -92,9 +92,12 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("words", "message"),
     [
         ("nowhere out", "no directory nowhere"),
-        ("text out", "text holds no adapter but notes.txt: an Orbax adapter has"),
+        (
+            "text out",
+            "text holds no adapter but notes.txt: an Orbax adapter has adapter.json, PEFT's has",
+        ),
         ("bare out", "bare holds no adapter but nothing"),
-        ("both out", "holds an adapter of Orbax (arrays) and one of PEFT"),
+        ("both out", "holds an adapter of Orbax (adapter.json) and one of PEFT"),
         ("peft out", "peft holds a PEFT adapter, which does not say"),
         ("peft out --model nowhere", "--model: no directory nowhere"),
         ("peft out --model text", "--model: text has no config.json"),
@@ -132,7 +135,10 @@ def test_mixtures_of_experts_are_refused(
     shelf: Path, source: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = shelf / source / ("adapter" if source == "run" else "")
-    (place / "adapter_config.json").write_text('{"peft_type": "XLORA"}')
+    config = '{"peft_type": "XLORA"}'
+    (place / "adapter_config.json").write_text(config)
+    if source != "peft":
+        (place / "adapter.json").write_text(f'{{"config": {config}}}')
     assert converted(source, "out") == 2
     assert f"{source} holds an X-LoRA adapter" in capsys.readouterr().err.replace("/adapter", "")
     assert not (shelf / "out").exists()
@@ -276,7 +282,7 @@ def test_overwriting_replaces_all_or_nothing(
     assert files(tmp_path / "out") == ["adapter_config.json", "adapter_model.safetensors"]
 
 
-@pytest.mark.parametrize("gone", ["arrays/_METADATA", "adapter_structure.json"])
+@pytest.mark.parametrize("gone", ["arrays/_METADATA", "adapter.json"])
 def test_incomplete_orbax_files_are_one_line(
     tmp_path: Path, gone: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,7 +61,8 @@ class Saved:
         )
         self.flax.save_pretrained(directory, params=self.params)
         (directory / "tokenizer_config.json").write_text('{"its": "own"}')
-        (directory / "adapter_config.json").write_text("{}")  # of somebody else's adapter
+        for name in ("adapter_config.json", "adapter.json"):
+            (directory / name).write_text("{}")  # of somebody else's adapter
         self.sites = peftjax.find_sites(self.logits, self.params, IDS)
 
     def logits(self, params: Any, ids: Any) -> jax.Array:

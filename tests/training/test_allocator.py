@@ -604,7 +604,7 @@ def test_pruned_on_disk(left, tmp_path):
     adapter, state = trained_house(left)
     pruned = prune(adapter, state)
     save_adapter(tmp_path, pruned)
-    written = AdaLoraConfig.from_dict(json.loads((tmp_path / "adapter_config.json").read_text()))
+    written = AdaLoraConfig.from_dict(json.loads((tmp_path / "adapter.json").read_text())["config"])
     like = jax.eval_shape(lambda: init_adapter(KEY, written, house_sites()))
     chex.assert_trees_all_equal_shapes_and_dtypes(like, pruned)
     found = restore_adapter(tmp_path, like)
