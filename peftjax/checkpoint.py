@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from peftjax.adapter import Adapter
+from peftjax.identity import about, check_about
 from peftjax.methods import XLoraConfig, config_from
 from peftjax.sites import Leaf, Site, Sites
 
@@ -63,18 +64,18 @@ def restore_adapter(directory: str | Path, like: Adapter | None = None) -> Adapt
 
     Args:
       directory: where it was written.
-      like: an adapter of the same config for the same model. Its arrays say what to expect and
-        may be ``jax.ShapeDtypeStruct``s; where they carry a sharding, the result has it too. None
-        takes the adapter as it was written, on the first device: whether it fits a model shows
-        when it is used.
+      like: an adapter of the same config for the same model, which may have another dtype. Its
+        arrays say what to expect and may be ``jax.ShapeDtypeStruct``s; where they carry a sharding,
+        the result has it too. None takes the adapter as it was written, on the first device:
+        whether it fits a model shows when it is used.
 
     Returns:
       ``like`` with the arrays from disk.
 
     Raises:
       FileNotFoundError: no adapter was saved there.
-      ValueError: the saved arrays are not those of ``like``, or not whole; the message names the
-        first one.
+      ValueError: it is of another config or model than ``like``, or its files are not whole; the
+        message names what differs or is damaged.
     """
     directory = _located(directory)
     if not (directory / _ADAPTER).is_file():
@@ -82,7 +83,10 @@ def restore_adapter(directory: str | Path, like: Adapter | None = None) -> Adapt
         why = f"its arrays have no {_ADAPTER}, so its save did not end; " if begun else ""
         raise FileNotFoundError(f"no adapter in {directory}: {why}save_adapter writes one")
     place, written = _as_written(directory)
-    like = written if like is None else like
+    if like is None:
+        like = written
+    else:
+        check_about(f"the adapter in {directory}", about(written), about(like))
     wanted = jax.tree.map(_abstract, _arrays(like))
     if not (place / _METADATA).is_file():
         raise ValueError(f"{place} is not whole, it has no {_METADATA}: save the adapter again")
@@ -150,6 +154,7 @@ def _structure(adapter: Adapter) -> dict[str, Any]:
         mixture = {"experts": [each.to_dict() for each in config.experts], "head": config.head}
     return {
         "sites": [_record(site) for site in adapter.sites.values()],
+        "others": [_record(site) for site in adapter.sites.others],
         "saved": [_record(leaf) for leaf in adapter.saved],
         "params": shapes(adapter.params),
         "buffers": shapes(adapter.buffers),
@@ -171,7 +176,7 @@ def _as_written(directory: Path) -> tuple[Path, Adapter]:
     try:
         structure = json.loads((directory / _ADAPTER).read_text(encoding="utf-8"))
         config = structure["config"]
-        sites = Sites(tuple(_site(record) for record in structure["sites"]))
+        sites, others = (tuple(map(_site, structure[part])) for part in ("sites", "others"))
         saved = tuple(_leaf(record) for record in structure["saved"])
         arrays: Any = {
             part: {
@@ -190,7 +195,9 @@ def _as_written(directory: Path) -> tuple[Path, Adapter]:
             mixture["experts"] = tuple(config_from(each) for each in structure["experts"])
             own = dataclasses.replace(own, **mixture, head=structure["head"])
         place = directory / _ARRAYS[_ARRAYS.index(structure["arrays"])]
-        return place, Adapter(**arrays, key=None, config=own, sites=sites, saved=saved)
+        return place, Adapter(
+            **arrays, key=None, config=own, sites=Sites(sites, others=others), saved=saved
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{directory / _ADAPTER} does not say what the adapter is ({type(error).__name__}: "

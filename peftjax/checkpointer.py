@@ -22,7 +22,7 @@ from peftjax.array_groups import (
     stacked,
     unstacked,
 )
-from peftjax.sites import Leaf, Site
+from peftjax.identity import about, check_about
 
 State = TypeVar("State")
 _ADAPTER, _STATE, _ABOUT = "adapter", "state", "about"
@@ -124,6 +124,12 @@ class AdapterCheckpointer:
             },
         )
 
+    def _known(self) -> ocp.CheckpointManager:
+        """The manager, which then knows what another process has saved."""
+        if not self._saves:
+            self._manager.reload()
+        return self._manager
+
     def save(
         self,
         step: int,
@@ -174,9 +180,9 @@ class AdapterCheckpointer:
         adapter, rest = _parts(state)
         groups = {_ADAPTER: alike(_arrays(adapter)), _STATE: alike(rest)}
         keys = {_ADAPTER: key_types(_arrays(adapter)), _STATE: key_types(rest)}
-        about = _about(adapter) | {"groups": groups, "keys": keys, "data_position": data_position}
+        said = about(adapter) | {"groups": groups, "keys": keys, "data_position": data_position}
         try:
-            about = json.loads(json.dumps(about, sort_keys=True))
+            said = json.loads(json.dumps(said, sort_keys=True))
         except (TypeError, ValueError) as error:
             raise ValueError(f"`data_position` must be a JSON value: {error}") from error
         if not self._manager.should_save(step):
@@ -190,7 +196,7 @@ class AdapterCheckpointer:
             for name, arrays in ((_ADAPTER, _arrays(adapter)), (_STATE, rest))
             if groups[name]
         }
-        items[_ABOUT] = ocp.args.JsonSave(about)
+        items[_ABOUT] = ocp.args.JsonSave(said)
         return self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(
@@ -214,20 +220,20 @@ class AdapterCheckpointer:
           ValueError: it is of another config, model or state; the message names what differs.
         """
         step = self._step(step, best)
-        about = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        about = about[_ABOUT]
+        read = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        said = read[_ABOUT]
         adapter, rest = _parts(like)
         where = f"the checkpoint of step {step} in {self._directory}"
-        _check_about(where, about, _about(adapter))
+        check_about(where, said, about(adapter))
         wanted = {_ADAPTER: _arrays(adapter)}
         if not isinstance(like, Adapter):
             wanted[_STATE] = rest
         metadata = self._manager.item_metadata(step)
-        shapes, groups = {}, about["groups"]
+        shapes, groups = {}, said["groups"]
         for name, arrays in wanted.items():
             shapes[name] = metadata[name].tree if groups[name] else {}
             check_arrays(where, groups[name], shapes[name], arrays)
-            check_keys(where, about["keys"][name], key_types(arrays))
+            check_keys(where, said["keys"][name], key_types(arrays))
         items = {
             name: ocp.args.StandardRestore(as_stacked(shapes[name], arrays, groups[name]))
             for name, arrays in wanted.items()
@@ -238,19 +244,19 @@ class AdapterCheckpointer:
             name: unstacked(read[name] if groups[name] else {}, own, groups[name])
             for name, own in wanted.items()
         }
-        return _refilled(like, arrays), about["data_position"]
+        return _refilled(like, arrays), said["data_position"]
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        return self._known().latest_step()
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint by ``best_metric``; None if there is none."""
-        return None if self._best_metric is None else self._manager.best_step()
+        return None if self._best_metric is None else self._known().best_step()
 
     def all_steps(self) -> Sequence[int]:
         """The steps of all complete checkpoints, and of one that is being written."""
-        return tuple(sorted(self._manager.all_steps()))
+        return tuple(sorted(self._known().all_steps()))
 
     def wait_until_finished(self) -> None:
         """Waits until what was saved is on disk."""
@@ -338,51 +344,3 @@ def _refilled(like: Any, arrays: dict[str, dict[str, Any]]) -> Any:
         return jax.tree_util.tree_map_with_path(lambda keys, _: own[_path(keys)], leaf)
 
     return jax.tree_util.tree_map_with_path(fill, like, is_leaf=_is_adapter)
-
-
-def _about(adapter: Adapter) -> dict[str, Any]:
-    """The config and the sites of an adapter, as JSON has them."""
-    config = adapter.config
-    experts = [each.to_dict() for each in getattr(config, "experts", ())]
-    about = {
-        "config": config.to_dict() | ({"experts": experts} if experts else {}),
-        "sites": {site.name: _fingerprint(site) for site in adapter.sites.values()},
-        "saved": {leaf.path: list(leaf.shape) for leaf in adapter.saved},
-    }
-    return json.loads(json.dumps(about, sort_keys=True))
-
-
-_OF_NO_ACCOUNT = {"name", "dtype", "is_head", "dilated"}
-
-
-def _fingerprint(of: Site | Leaf) -> dict[str, Any]:
-    """What of a site its adapter depends on, as far as it is not as usual."""
-    return {
-        field.name: getattr(of, field.name)
-        for field in dataclasses.fields(of)
-        if field.name not in _OF_NO_ACCOUNT and getattr(of, field.name) != field.default
-    }
-
-
-def _check_about(where: str, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises a ValueError that names how a checkpoint and an adapter differ."""
-    words = {"config": "config", "sites": "model", "saved": "choice of whole leaves"}
-    for part, kind in words.items():
-        ours, theirs = wanted[part], saved[part]
-        names = [n for n in dict.fromkeys([*theirs, *ours]) if ours.get(n) != theirs.get(n)]
-        if names:
-            name, *more = names
-            in_it, here = _differing(theirs.get(name), ours.get(name))
-            others = f", and so do {', '.join(more[:4])}" if more else ""
-            raise ValueError(
-                f"{where} is of another {kind}: {name} is {in_it} in it and {here} here{others}; "
-                f"restore it into what init_adapter makes for the same model with the same config"
-            )
-
-
-def _differing(one: Any, other: Any) -> tuple[Any, Any]:
-    """Two values, of dicts what differs alone."""
-    if not isinstance(one, dict) or not isinstance(other, dict):
-        return ("not there" if one is None else one), ("not there" if other is None else other)
-    names = [n for n in {**one, **other} if one.get(n) != other.get(n)]
-    return {n: one.get(n) for n in names}, {n: other.get(n) for n in names}

@@ -37,8 +37,8 @@ def adapter_of(config=None, params=PARAMS, dtype=None):
     return adapter.replace(params=redraw(adapter.params))
 
 
-def mixture():
-    experts = {name: adapter_of() for name in ("poems", "code")}
+def mixture(*order):
+    experts = {name: adapter_of() for name in order or ("poems", "code")}
     return peftjax.init_xlora(
         KEY, peftjax.XLoraConfig(hidden_size=8, xlora_depth=2), experts, sites_of()
     )
@@ -263,6 +263,31 @@ def test_who_reads_leaves_a_save_of_another_alone(tmp_path):
         assert checkpointer.all_steps() == (1, 3)
 
 
+def test_who_reads_sees_what_another_saves(tmp_path):
+    state = state_of()
+    with (
+        AdapterCheckpointer(tmp_path, best_metric="loss", best_mode="min") as reader,
+        AdapterCheckpointer(tmp_path, best_metric="loss", best_mode="min") as writer,
+    ):
+        assert reader.latest_step() is None
+        for step, loss in ((1, 0.5), (2, 0.7)):
+            writer.save(step, state, metrics={"loss": loss})
+            writer.wait_until_finished()
+            assert (reader.latest_step(), reader.best_step()) == (step, 1)
+            assert_same(reader.restore(blank(state))[0], state)
+        assert reader.all_steps() == (1, 2)
+
+
+def test_who_did_not_see_a_save_of_another_saves_nothing_before_it(tmp_path):
+    with AdapterCheckpointer(tmp_path) as stale, AdapterCheckpointer(tmp_path) as other:
+        other.save(5, state_of())
+        other.wait_until_finished()
+        for step in (3, 5):
+            with pytest.raises(ValueError, match=f"of step 5, and {step} is not after it"):
+                stale.save(step, state_of())
+        assert stale.save(6, state_of())
+
+
 def test_a_save_compiles_once(tmp_path, caplog):
     state = state_of()
     with AdapterCheckpointer(tmp_path) as checkpointer:
@@ -347,6 +372,12 @@ class TestMistakes:
         config = peftjax.LoraConfig(r=2, lora_alpha=7, target_modules=["up", "down"])
         with pytest.raises(ValueError, match=r"of another config: lora_alpha is 5 in it and 7"):
             one.restore(adapter_of(config))
+
+    def test_another_order_of_experts(self, tmp_path):
+        with AdapterCheckpointer(tmp_path) as checkpointer:
+            checkpointer.save(1, mixture("poems", "code"))
+            with pytest.raises(ValueError, match=r"adapters is \['poems', 'code'\] in it"):
+                checkpointer.restore(mixture("code", "poems"))
 
     def test_another_model(self, one):
         params = {"up": {"kernel": normal(8, 24)}, "down": {"kernel": normal(24, 8)}}
