@@ -1,12 +1,15 @@
-"""Tables for the terminal and plots as PNG files."""
+"""Tables for the terminal and plots as files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ADAPTED = "#1f6f8b"
 _BASELINES = ("#c44536", "#b07d2b")
@@ -56,10 +59,10 @@ def training_curves(
     title: str = "",
     window: int = 20,
 ) -> Path:
-    """Draws a training run as a PNG: the loss beside the accuracy.
+    """Draws a training run: the loss beside the accuracy.
 
     Args:
-      path: the file to write; its directory is made if it does not exist.
+      path: the file to write, as ``save_figure`` does.
       loss: training loss of each step.
       accuracy: accuracy on each step's own batch, between 0 and 1.
       held_out: (step, accuracy on held-out data) wherever it was measured.
@@ -69,14 +72,12 @@ def training_curves(
       window: steps in the running means.
 
     Returns:
-      The path of the PNG.
+      The path of the picture.
     """
     # A Figure of its own, without pyplot: no backend is chosen and no global state is touched.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     steps = np.arange(1, len(loss) + 1)
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
@@ -125,8 +126,7 @@ def training_curves(
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(framealpha=0.85, edgecolor="none", fontsize=9)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def rank_allocation(
@@ -136,23 +136,21 @@ def rank_allocation(
     budget: Sequence[int] = (),
     title: str = "",
 ) -> Path:
-    """Draws where a budget of ranks went as a PNG: a heat map, layer by module.
+    """Draws where a budget of ranks went: a heat map, layer by module.
 
     Args:
-      path: the file to write; its directory is made if it does not exist.
+      path: the file to write, as ``save_figure`` does.
       ranks: rank by module path, as ``peftjax.ranks`` gives it. The first number among the segments
         of a path is its layer; of a stacked module the first axis of the array is.
       budget: number of triplets left after each step, drawn beside the map.
       title: heading of the figure.
 
     Returns:
-      The path of the PNG.
+      The path of the picture.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     layers, modules, grid = rank_grid(ranks)
     width = 2.5 + 0.9 * len(modules)
     figure = Figure(
@@ -173,8 +171,7 @@ def rank_allocation(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def routing(
@@ -186,10 +183,10 @@ def routing(
     accuracy: Mapping[str, Sequence[float]],
     title: str = "",
 ) -> Path:
-    """Draws what a gate gives which expert as a PNG, and beside it how good each expert is.
+    """Draws what a gate gives which expert, and beside it how good each expert is.
 
     Args:
-      path: the file to write; its directory is made if it does not exist.
+      path: the file to write, as ``save_figure`` does.
       slices: names of the slices of the texts.
       experts: names of the experts.
       scalings: for each slice the mean share of each expert in it.
@@ -197,12 +194,10 @@ def routing(
       title: heading of the figure.
 
     Returns:
-      The path of the PNG.
+      The path of the picture.
     """
     from matplotlib.figure import Figure
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     widths = [2 + len(experts), 2 + len(accuracy)]
     figure = Figure(
         figsize=(max(9, 0.7 * sum(widths)), 2.2 + 0.45 * max(len(slices), 4)), layout="constrained"
@@ -218,7 +213,19 @@ def routing(
     answers.set_xlabel("expert alone, or what else answers")
     answers.axvline(len(experts) - 0.5, color="white", linewidth=4)
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: str | Path) -> Path:
+    """Writes a matplotlib figure under this name exactly; its directory is made if there is none.
+
+    The format is that of the suffix, such as ``.pdf`` or ``.svg``, and PNG where that names none.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = path.suffix.removeprefix(".").lower()
+    known = kind in figure.canvas.get_supported_filetypes()
+    figure.savefig(path, dpi=150, format=kind if known else "png")
     return path
 
 

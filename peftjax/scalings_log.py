@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from peftjax.report import save_figure
 from peftjax.scalings_page import Row, scalings_figure, scalings_page
 
 
@@ -165,16 +166,17 @@ class ScalingsLog:
     def plot(
         self, path: str | Path, entry: int = -1, row: int = 0, layer: int | str | None = None
     ) -> Path:
-        """Draws the scalings of one text as a PNG: a heat map, expert by token.
+        """Draws the scalings of one text: a heat map, expert by token.
 
         Args:
-          path: the file to write; its directory is made if it does not exist.
+          path: the file to write, a PNG unless its suffix is that of another format, such as
+            ``.pdf`` or ``.svg``; its directory is made if it does not exist.
           entry: which call.
           row: which text of it.
           layer: number or name of a layer; the mean over all layers if None.
 
         Returns:
-          The path of the PNG.
+          The path of the picture.
 
         Raises:
           IndexError: no such entry or row.
@@ -198,9 +200,7 @@ class ScalingsLog:
             tokens if named else None,
             title=f"X-LoRA scalings: entry {entry}, row {row}\n{name}",
         )
-        path = _with_directory(path)
-        figure.savefig(path, dpi=150)
-        return path
+        return save_figure(figure, path)
 
     def write_html(self, path: str | Path, title: str = "") -> Path:
         """Writes every logged text as one HTML page, its tokens coloured by their experts.
@@ -224,7 +224,8 @@ class ScalingsLog:
             for row in range(len(entry.scalings))
         ]
         page = scalings_page(title or "X-LoRA scalings", self.experts, self.layers, rows)
-        path = _with_directory(path)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
         return path
 
@@ -292,9 +293,3 @@ def _position(index: int, length: int, what: str) -> int:
     if not -length <= index < length:
         raise IndexError(f"there is no {what} {index}: choose one from 0 to {length - 1}")
     return index % length
-
-
-def _with_directory(path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path

@@ -39,6 +39,24 @@ def test_training_curves_are_a_png(tmp_path: Path, steps: int) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("out", b"\x89PNG"),
+        ("v1.2", b"\x89PNG"),
+        ("x.PNG", b"\x89PNG"),
+        ("x.pdf", b"%PDF"),
+        ("x.svg", b"<?xml"),
+    ],
+)
+def test_a_figure_is_what_its_suffix_says(tmp_path: Path, name: str, start: bytes) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    path = report.save_figure(figure, tmp_path / "deep" / name)
+    assert path == tmp_path / "deep" / name
+    assert path.read_bytes().startswith(start)
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_ranks_are_laid_out_by_layer_and_module() -> None:
     layers, modules, grid = report.rank_grid(
         {"stack.up": np.array([3, 1]), "encoder.10.q": 4, "encoder.2.q": 0, "head": 5}

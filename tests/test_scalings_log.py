@@ -233,6 +233,16 @@ def test_a_heat_map_shows_one_text(tmp_path: Path, figures: list) -> None:
     np.testing.assert_allclose(png_size(path), figures[-1].get_size_inches() * 150, atol=1)
 
 
+def test_a_heat_map_is_written_under_its_name(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    log = ScalingsLog(EXPERTS)
+    log.append(scalings(1, 3))
+    for name in ("out", "v1.2"):
+        path = log.plot(tmp_path / name)
+        assert path == tmp_path / name
+        assert png_size(path)
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_long_texts_number_their_tokens(tmp_path: Path, figures: list, named: bool) -> None:
     log = ScalingsLog(EXPERTS)
