@@ -198,18 +198,32 @@ def check(options: Quickstart) -> None:
         raise UsageError("--steps must be 2 or more for xlora: for its experts and for the gate")
     if options.tokens < 4:
         raise UsageError(f"--tokens must be 4 or more, not {options.tokens}")
-    if options.seed < 0:
-        raise UsageError(f"--seed must be 0 or more, not {options.seed}")
+    if not 0 <= options.seed < 2**32:  # JAX would take more modulo this
+        raise UsageError(f"--seed must be 0 or more and below 2**32, not {options.seed}")
     if options.data is None and (options.text_column or options.label_column):
         raise UsageError("--text-column and --label-column describe the file given with --data")
     if options.data is not None and not options.data.is_file():
         raise UsageError(f"--data: no file {options.data}")
     if options.model is not None:
         check_model(options.model)
-    if options.output.exists() and not options.output.is_dir():
-        raise UsageError(f"--output: {options.output} is a file, not a directory")
-    if options.json is not None and options.json.is_dir():
-        raise UsageError(f"--json: {options.json} is a directory, not a file")
+    _check_directory("--output", options.output)
+    if options.json is not None:
+        _check_directory("--json", options.json.parent)
+        if options.json.is_dir():
+            raise UsageError(f"--json: {options.json} is a directory, not a file")
+        output = options.output.resolve()
+        if options.json.resolve() in (output, *output.parents):
+            raise UsageError(
+                f"--json: {options.json} becomes a directory, by --output {options.output}: "
+                "name another file"
+            )
+
+
+def _check_directory(flag: str, directory: Path) -> None:
+    """Raises unless a directory is there or can be made."""
+    for path in (directory, *directory.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{flag}: {path} is a file, not a directory")
 
 
 def check_model(directory: Path) -> str:

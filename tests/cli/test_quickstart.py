@@ -95,6 +95,7 @@ def test_unknown_words_end_with_two() -> None:
         (["--learning-rate", "nan"], "--learning-rate must be above 0"),
         (["--tokens", "2"], "--tokens must be 4 or more"),
         (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--seed", str(2**32)], "and below 2**32, not 4294967296"),
         (["--model", "nowhere"], "no directory nowhere"),
         (["--data", "nothing.csv"], "no file nothing.csv"),
         (["--label-column", "stars"], "--data"),
@@ -123,6 +124,15 @@ def test_paths_of_the_wrong_kind_are_refused(tmp_path: Path) -> None:
         options.check(Quickstart(output=file))
     with pytest.raises(UsageError, match="is a directory"):
         options.check(Quickstart(json=tmp_path))
+    for inside in (file / "x", file / "y" / "x"):
+        with pytest.raises(UsageError, match=f"--output: {file} is a file"):
+            options.check(Quickstart(output=inside))
+        with pytest.raises(UsageError, match=f"--json: {file} is a file"):
+            options.check(Quickstart(json=inside))
+    for taken in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(UsageError, match=f"--json: {taken} becomes a directory"):
+            options.check(Quickstart(output=tmp_path / "a" / "b", json=taken))
+    options.check(Quickstart(output=tmp_path / "a", json=tmp_path / "a" / "b" / "x.json"))
 
 
 @pytest.mark.parametrize(
