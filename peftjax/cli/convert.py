@@ -1,8 +1,10 @@
 """The flags of ``peftjax convert``, checked before anything heavy starts."""
 
 import dataclasses
+import fnmatch
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -19,6 +21,15 @@ Form = Literal["Orbax", "PEFT"]
 _RUN = "adapter"  # where quickstart puts the adapter of a run
 CONFIG = "adapter_config.json"  # PEFT's
 _ORBAX = "adapter.json"
+_WEIGHTS = ("*.safetensors", "*.msgpack", "*.bin")
+# What adapters and models consist of: --overwrite removes nothing else.
+_OWN = (
+    *(_ORBAX, "arrays", "arrays-2"),
+    *(*_WEIGHTS, "*.index.json", "*config.json"),
+    *("*token*.json", "chat_template.*", "vocab.*", "merges.txt"),
+    *("*.model", "*.spm", "*.jinja", "*.bpe", "*.codes"),
+    *("README.md", "LICENSE*", ".gitattributes"),
+)
 _HOLDS = f"an Orbax adapter has {_ORBAX}, PEFT's has adapter_model.safetensors"
 
 
@@ -74,7 +85,7 @@ class Convert:
     """Write what torch's PEFT cannot run as well: peftjax reads it back."""
 
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace OUT, all of it, if it is an adapter or a model."""
+    """Replace OUT, all of it, if it is an adapter or a model and nothing else."""
 
     def run(self, console: "Console") -> None:
         """Checks the flags, then does the job."""
@@ -202,7 +213,27 @@ def _check_out(options: Convert, source: Source) -> None:
         return
     if not options.overwrite:
         raise UsageError(f"{options.out} is not empty: name another, or add --overwrite")
-    if not any((out / name).is_file() for name in (CONFIG, "config.json")):
+    if not _is_adapter(out) and not _is_model(out):
         raise UsageError(
             f"--overwrite: {options.out} is neither an adapter nor a model, so it stays as it is"
         )
+    other = [path.name for path in sorted(out.iterdir()) if not _matches(path, _OWN)]
+    if other:
+        raise UsageError(
+            f"--overwrite: {options.out} also holds {', '.join(other[:5])}, so it stays as it is: "
+            "move that away, or name another"
+        )
+
+
+def _is_adapter(directory: Path) -> bool:
+    configs = _read_json(directory / CONFIG), _read_json(directory / _ORBAX).get("config")
+    return any(isinstance(config, dict) and "peft_type" in config for config in configs)
+
+
+def _is_model(directory: Path) -> bool:
+    is_one = "model_type" in _read_json(directory / "config.json")
+    return is_one and any(_matches(path, _WEIGHTS) for path in directory.iterdir())
+
+
+def _matches(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)

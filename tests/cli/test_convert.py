@@ -78,12 +78,20 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "text/notes.txt",
         "model/config.json",
         "whole/config.json",
+        "settings/config.json",
+        "full/config.json",
+        "full/model.safetensors",
+        "full/notes.txt",
+        "full/data/x",
         "file",
     ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
     (tmp_path / "bare").mkdir()
+    (tmp_path / "settings" / "config.json").write_text('{"port": 80}')
+    for name in ("model", "full"):
+        (tmp_path / name / "config.json").write_text('{"model_type": "bert"}')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -113,6 +121,10 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("orbax file", "file is a file, not a directory"),
         ("orbax text", "text is not empty: name another, or add --overwrite"),
         ("orbax text --overwrite", "text is neither an adapter nor a model"),
+        ("orbax settings --overwrite", "settings is neither an adapter nor a model"),
+        ("orbax model --overwrite", "model is neither an adapter nor a model"),
+        ("orbax peft --overwrite", "peft is neither an adapter nor a model"),
+        ("orbax full --overwrite", "full also holds data, notes.txt, so it stays as it is"),
         ("orbax orbax --overwrite", "orbax holds orbax, which is read"),
         ("run run --overwrite", "run holds run/adapter, which is read"),
         ("run whole --model whole --overwrite", "whole holds whole, which is read"),
