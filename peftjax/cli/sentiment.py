@@ -125,7 +125,8 @@ def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         text = path.read_bytes().decode("utf-8-sig", errors="replace")
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    first = text.lstrip().partition("\n")[0]
+    text = re.sub(r"\A\s*[\r\n]", "", text)  # blank lines before the header
+    first = text.partition("\n")[0]
     if not first.strip():
         raise UsageError(f"{path} is empty; a header line and labelled texts are needed")
     delimiter = max(",;\t", key=first.count)
@@ -142,10 +143,11 @@ def _column(
     path: Path, header: Sequence[str], role: str, wanted: str | None, usual: Sequence[str]
 ) -> str:
     """The header of the column that plays a role."""
-    by_name = {name.lower(): name for name in header}
     for name in (wanted,) if wanted is not None else usual:
-        if name.lower() in by_name:
-            return by_name[name.lower()]
+        # Another column may differ in case alone.
+        for found in (name, *header):
+            if found in header and found.lower() == name.lower():
+                return found
     asked = f"no column '{wanted}'" if wanted is not None else f"no {role} column"
     raise UsageError(
         f"{path}: {asked} among {', '.join(repr(name) for name in header)}; "

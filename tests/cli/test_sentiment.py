@@ -55,6 +55,20 @@ def test_columns_are_taken_as_told(tmp_path: Path) -> None:
     assert sentiment.read_csv(path, "words", "Stars").texts[0] == "text number 0"
 
 
+def test_of_two_columns_that_differ_in_case_the_one_told_is_taken(tmp_path: Path) -> None:
+    text = table("Text,label,text", row="loud {n},{label},quiet {n}")
+    path = write(tmp_path / "data.csv", text)
+    for column, want in (("Text", "loud 0"), ("text", "quiet 0"), (None, "quiet 0")):
+        assert sentiment.read_csv(path, text_column=column).texts[0] == want
+
+
+@pytest.mark.parametrize("blank", ["\n\n", "\r\n \r\n"])
+def test_blank_lines_before_the_header(tmp_path: Path, blank: str) -> None:
+    for text in (table("text,label"), table("\ttext\tlabel", row="x\ttext number {n}\t{label}")):
+        corpus = sentiment.read_csv(write(tmp_path / "data.csv", blank + text))
+        assert corpus.texts[0] == "text number 0"
+
+
 @pytest.mark.parametrize("delimiter", [";", "\t"])
 def test_other_delimiters_and_a_byte_order_mark(tmp_path: Path, delimiter: str) -> None:
     text = table(f"text{delimiter}label", row="text, number {n}" + delimiter + "{label}")
