@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from peftjax.adapter import Adapter
 from peftjax.identity import about, check_about
 from peftjax.methods import XLoraConfig, config_from
+from peftjax.methods.xlora import CLASSIFIER
 from peftjax.sites import Leaf, Site, Sites
 
 _ADAPTER = "adapter.json"
@@ -189,6 +190,11 @@ def _as_written(directory: Path) -> tuple[Path, Adapter]:
             for part in ("params", "buffers")
         }
         own = config_from(config)
+        modules = {site.name for site in sites} | {leaf.module for leaf in saved}
+        modules |= {CLASSIFIER} if isinstance(own, XLoraConfig) else set()
+        astray = modules ^ {*arrays["params"], *arrays["buffers"]}
+        if astray:
+            raise ValueError(f"its sites and its arrays differ: {', '.join(sorted(astray)[:5])}")
         if isinstance(own, XLoraConfig):
             # A config takes null for what is not given, and here it is a value.
             mixture = {"scaling_pass_value": config["scaling_pass_value"]}
@@ -206,7 +212,10 @@ def _as_written(directory: Path) -> tuple[Path, Adapter]:
 
 
 def _site(record: Mapping[str, Any]) -> Site:
-    return Site(**_values(record))
+    site = Site(**_values(record))
+    if sorted(site.in_axes + site.out_axes + site.stack_axes) != list(range(len(site.shape))):
+        raise ValueError(f"the axes of {site.name} are not those of its shape {site.shape}")
+    return site
 
 
 def _leaf(record: Mapping[str, Any]) -> Leaf:

@@ -145,6 +145,24 @@ def test_a_config_that_is_no_json_loses_nothing(tmp_path: Path) -> None:
     assert_same(checkpoint.restore_adapter(tmp_path), adapter)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda sites: sites[0].update(in_axes=[7]), "axes of down are not those of its shape"),
+        (lambda sites: sites.pop(0), "its sites and its arrays differ: down"),
+        (lambda sites: sites.clear(), "its sites and its arrays differ: down, up"),
+    ],
+)
+def test_sites_that_cannot_be_are_no_adapter(tmp_path: Path, change: Any, message: str) -> None:
+    checkpoint.save_adapter(tmp_path, adapter_of())
+    path = tmp_path / "adapter.json"
+    said = json.loads(path.read_text())
+    change(said["sites"])
+    path.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=f"adapter.json does not say .*{message}"):
+        checkpoint.restore_adapter(tmp_path)
+
+
 # Orbax leaves an event loop behind when it fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("gone", ["_METADATA", "manifest.ocdbt", "."])

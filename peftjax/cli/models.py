@@ -129,7 +129,13 @@ def _flax_class(
 
     kind = data["model_type"]
     wanted = [architecture.removeprefix("Flax")] if architecture else data.get("architectures")
-    for name in wanted or ():
+    wanted = [] if wanted is None else wanted
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):
+        raise UsageError(
+            f"--model: {directory / CONFIG} has architectures that are no list of names, "
+            f"{wanted!r}: choose one with --architecture"
+        )
+    for name in wanted:
         found = getattr(transformers, f"Flax{name}", None)
         # Other things by that name are transformers' stand-ins for what is not installed.
         known = getattr(getattr(found, "config_class", None), "model_type", None)
@@ -249,9 +255,15 @@ def _from_flax(model: Model) -> dict[str, Any]:
     import transformers
 
     with quiet(transformers.utils.logging):
-        _, params = type(model.flax).from_pretrained(
-            model.directory, config=model.flax.config, _do_init=False, local_files_only=True
-        )
+        try:
+            _, params = type(model.flax).from_pretrained(
+                model.directory, config=model.flax.config, _do_init=False, local_files_only=True
+            )
+        except OSError as error:
+            first = str(error).strip().partition("\n")[0]
+            raise CommandError(
+                f"transformers cannot read the weights in {model.directory}: {first}"
+            ) from error
     return leaf_paths(params)
 
 
@@ -285,8 +297,13 @@ def _by_name(directory: Path) -> dict[str, tuple[Any, str]]:
     """Of each tensor in torch's files, the file and the key that it has there."""
     files = [directory / TENSORS]
     if not files[0].is_file():
-        shards = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
-        files = [directory / name for name in sorted(set(shards))]
+        try:
+            shards = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"].values()
+            files = [directory / name for name in sorted(set(shards))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CommandError(
+                f"{directory / INDEX} has no weight_map that names the file of each tensor"
+            ) from error
     stored = {}
     for path in files:
         file = _opened(path)

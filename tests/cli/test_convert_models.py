@@ -285,6 +285,43 @@ def test_an_adapter_of_another_model_is_one_line(
         assert len(shown.strip().splitlines()) == 1
 
 
+@on_bert
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("flax_model.msgpack", "cut short", "transformers cannot read the weights in"),
+        ("model.safetensors.index.json", "{}", "has no weight_map that names"),
+        ("model.safetensors.index.json", '{"weight_map": []}', "has no weight_map that names"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": 5}}', "has no weight_map that"),
+        ("config.json", {"architectures": 5}, "architectures that are no list of names, 5"),
+        ("config.json", {"architectures": [5]}, "architectures that are no list of names, [5]"),
+        ("config.json", {"architectures": "BertModel"}, "no list of names, 'BertModel'"),
+    ],
+)
+def test_damaged_models_are_one_line(
+    saved: Saved,
+    adapter: peftjax.Adapter,
+    tmp_path: Path,
+    name: str,
+    content: Any,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_adapter(tmp_path / "in", adapter)
+    model = Path(shutil.copytree(saved.directory, tmp_path / "model"))
+    if name == "config.json":
+        content = json.dumps(json.loads((model / name).read_text()) | content)
+    else:
+        (model / "flax_model.msgpack").unlink()
+    (model / name).write_text(content)
+    words = (tmp_path / "in", tmp_path / "out", "--model", model, "--merge")
+    assert converted(*words) in (1, 2)
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert len(shown.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
 # --- in torch
 
 
