@@ -129,10 +129,14 @@ class Weight:
         return _project(self, self._earlier(a.dtype), a)
 
     def matrix(self) -> Float[Array, "in out"]:
-        """The frozen weight itself as a matrix, for a start that is taken out of it."""
+        """The frozen weight itself as a matrix, for a start that is taken out of it.
+
+        In the dtype sums run in: of half precision nothing can be decomposed.
+        """
         assert self.base is not None, "a method that reads the weight has to say so"
         laid = jnp.transpose(self.base, (*self.in_axes, *self.out_axes))
-        return laid.astype(self.spec.dtype).reshape(self.spec.in_size, self.spec.out_size)
+        dtype = accumulation_dtype(self.spec.dtype)
+        return laid.astype(dtype).reshape(self.spec.in_size, self.spec.out_size)
 
     def squared_norms(self) -> Float[Array, "*out"]:
         """For every output the sum of the squares of its weights.

@@ -21,7 +21,17 @@ from peftjax.config import (
     check_regex,
     rejects,
 )
-from peftjax.factors import Arrays, BiasChange, Dense, Factors, Method, Weight, WeightSpec, inverse
+from peftjax.factors import (
+    Arrays,
+    BiasChange,
+    Dense,
+    Factors,
+    Method,
+    Weight,
+    WeightSpec,
+    accumulation_dtype,
+    inverse,
+)
 from peftjax.sites import Site
 from peftjax.targeting import pattern_value
 
@@ -250,11 +260,17 @@ def _uniform(key: Array, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) 
 def _orthogonal(key: Array, spec: WeightSpec, rank: int) -> tuple[Array, Array]:
     """A from the odd, B from the even rows of one orthogonal matrix, so that A B = 0."""
     key_q, key_a, key_b = jax.random.split(key, 3)
-    q = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank), spec.dtype))[0]
-    half = rank // 2
-    a = jax.random.normal(key_a, (math.prod(spec.in_shape), half), spec.dtype) @ q[1::2] / 10
-    b = q[0::2].T @ jax.random.normal(key_b, (half, math.prod(spec.out_shape)), spec.dtype) / 10
-    return a.reshape(*spec.in_shape, rank), b.reshape(rank, *spec.out_shape)
+    half, dtype = rank // 2, accumulation_dtype(spec.dtype)
+    q = jnp.linalg.qr(jax.random.normal(key_q, (rank, rank), dtype))[0]
+    a = jax.random.normal(key_a, (spec.in_size, half), dtype) @ q[1::2] / 10
+    b = q[0::2].T @ jax.random.normal(key_b, (half, spec.out_size), dtype) / 10
+    return _laid_out(a, b, spec)
+
+
+def _laid_out(a: Array, b: Array, spec: WeightSpec) -> tuple[Array, Array]:
+    """Two matrices as A and B of the adapter."""
+    a, b = a.reshape(*spec.in_shape, a.shape[1]), b.reshape(b.shape[0], *spec.out_shape)
+    return a.astype(spec.dtype), b.astype(spec.dtype)
 
 
 def _from_weight(init: str, key: Array, weight: Weight, settings: _Settings) -> tuple[Array, Array]:
@@ -273,7 +289,7 @@ def _from_weight(init: str, key: Array, weight: Weight, settings: _Settings) -> 
         u, s, vt = _svd(init, key, matrix, rank)
         root = jnp.sqrt(s / settings.scaling)
         a, b = u * root[None], root[:, None] * vt
-    return a.reshape(*spec.in_shape, rank), b.reshape(rank, *spec.out_shape)
+    return _laid_out(a, b, spec)
 
 
 def _svd(init: str, key: Array, matrix: Array, rank: int) -> tuple[Array, Array, Array]:

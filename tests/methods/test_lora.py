@@ -13,13 +13,13 @@ from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge
 KEY = jax.random.key(0)
 
 
-def start(init, r=4, shape=(200, 300), alpha=5, **fields):
+def start(init, r=4, shape=(200, 300), alpha=5, dtype=None, **fields):
     params = {"w": normal(*shape)}
     sites = find_sites(lambda p, x: x @ p["w"], params, jnp.ones((1, shape[0])))
     config = LoraConfig(
         r=r, lora_alpha=alpha, init_lora_weights=init, target_modules=["w"], **fields
     )
-    return params, init_adapter(KEY, config, sites, params)
+    return params, init_adapter(KEY, config, sites, params, dtype=dtype)
 
 
 def test_default_is_kaiming_uniform_and_zero():
@@ -69,6 +69,19 @@ def test_factors_out_of_the_weight_start_as_the_identity(init):
     x = normal(3, 200, std=1)
     got = adapt(lambda p, x: x @ p["w"])(params, adapter, x)
     np.testing.assert_allclose(got, x @ params["w"], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "pissa_niter_8", "olora"])
+def test_half_precision_starts_are_the_rounded_ones(init, dtype):
+    """JAX decomposes nothing in half precision, and a start rounded once is the nearest."""
+    _, half = start(init, shape=(12, 9), dtype=dtype)
+    _, full = start(init, shape=(12, 9))
+    assert {x.dtype for x in jax.tree.leaves(half.params)} == {jnp.dtype(dtype)}
+    for name, array in half.params["w"].items():
+        np.testing.assert_array_equal(array, full.params["w"][name].astype(dtype))
+        if init != "orthogonal":
+            np.testing.assert_array_equal(half.buffers["w"][f"{name}_init"], array)
 
 
 def test_pissa_is_the_best_approximation():
