@@ -52,7 +52,8 @@ class HRAConfig(AdapterConfig):
 
     Args:
       r: number of reflections.
-      apply_GS: keep each half of the reflections orthonormal.
+      apply_GS: keep each half of the reflections orthonormal; a half has fewer than the weight has
+        inputs.
       init_weights: start as the identity, for even ranks. False: random columns.
       rank_pattern: number of reflections of single modules; keys are regular expressions for the
         end of a path, the first that matches wins. PEFT has no such field.
@@ -162,6 +163,12 @@ def _init(
 ) -> Arrays:
     """Pairs of equal columns, uniform as torch would draw them: the fan-in is their number."""
     spec = weight.spec
+    if config.apply_GS and (rank + 1) // 2 >= spec.in_size:
+        raise ValueError(
+            f"`apply_GS` keeps each half of {rank} reflections orthonormal, and a half of as many "
+            f"as the {spec.in_size} inputs is -1 whatever it learns: take `r`, or the module's own "
+            f"rank in `rank_pattern`, below {2 * spec.in_size - 1}, or exclude the module"
+        )
     paired = config.init_weights and rank % 2 == 0
     drawn = rank // 2 if paired else rank
     bound = 1 / math.sqrt(drawn)

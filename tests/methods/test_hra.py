@@ -184,6 +184,23 @@ def test_odd_ranks_warn():
     HRAConfig(r=3, init_weights=False)  # No promise, no warning.
 
 
+@pytest.mark.parametrize("r", [7, 8, 12])
+def test_an_orthonormal_half_leaves_a_direction_out(r):
+    """One that spans all inputs is -1 and has no gradient; of more columns there is none."""
+    with pytest.raises(
+        ValueError, match=rf"w: `apply_GS` .* {r} reflections.* 4 inputs .* below 7,"
+    ):
+        start(r, width=4, apply_GS=True, init_weights=False)
+    start(r, width=4, init_weights=False)
+    params, adapter = start(6, width=4, apply_GS=True)
+    merged = jax.jit(merge)(params, adapter)["w"]
+    np.testing.assert_allclose(merged, params["w"], atol=1e-5)
+    slope = jax.jit(jax.grad(lambda t: jnp.sum(jnp.sin(merge(params, holding(adapter, t))["w"]))))(
+        adapter.params["w"]["hra_u"]
+    )
+    assert (np.abs(slope).max(axis=0) > 1e-3).all()
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("gs", [False, True], ids=["plain", "GS"])
 def test_orthonormal_columns_are_those_of_peft(gs):
