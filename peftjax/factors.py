@@ -242,6 +242,17 @@ def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
+def widened(array: Array) -> Array:
+    """The array in the dtype sums run in, for products of small ones: half precision shows."""
+    return array.astype(accumulation_dtype(array.dtype))
+
+
+def times(scaling: Array, array: Array) -> Array:
+    """The array times a scale of its weight, in the dtype sums run in."""
+    array = widened(array)
+    return scaling.astype(array.dtype) * array
+
+
 @dataclasses.dataclass(frozen=True)
 class Gating:
     """How a family of experts mixes them by what the model makes of its input.

@@ -59,7 +59,8 @@ class TestLayout:
         params = mlp_params(base)
         sites = find_sites(mlp, params, X.astype(base))
         adapter = init_adapter(KEY, LoraConfig(target_modules=["up"]), sites, dtype=dtype)
-        assert {x.dtype for x in jax.tree.leaves(adapter)} == {jnp.dtype(want)}
+        assert {x.dtype for x in jax.tree.leaves(adapter.params)} == {jnp.dtype(want)}
+        assert {x.dtype for x in jax.tree.leaves(adapter.buffers)} == {jnp.dtype(jnp.float32)}
         assert adapt(mlp, on_unused="ignore")(params, adapter, X.astype(base)).dtype == base
 
     def test_abstract_params_make_abstract_adapters(self, dense):
@@ -257,8 +258,7 @@ def test_a_function_as_target_becomes_names(dense):
     adapter.config.to_dict()
 
 
-@pytest.mark.parametrize("weights", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(
+EVERY_METHOD = pytest.mark.parametrize(
     "config",
     [
         LoraConfig(r=3, lora_alpha=5),
@@ -272,6 +272,10 @@ def test_a_function_as_target_becomes_names(dense):
     ],
     ids=["lora", "dora", "loha", "loha_fused", "hra", "hra_gs", "ia3", "adalora"],
 )
+
+
+@pytest.mark.parametrize("weights", [jnp.float32, jnp.bfloat16])
+@EVERY_METHOD
 def test_adapters_of_half_precision(config, weights):
     """Whatever the weights are: the algebra of small matrices runs in float32."""
     params, x = mlp_params(weights), normal(4, 6, std=1, dtype=weights)
@@ -286,3 +290,22 @@ def test_adapters_of_half_precision(config, weights):
     got, want = jax.jit(outputs)(adapter)
     np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=5e-2)
     assert jnp.isfinite(adapt(mlp)(params, adapter.train(KEY), x)).all()
+
+
+@EVERY_METHOD
+def test_half_precision_rounds_only_what_is_trained(config):
+    """The scale and what is made of the arrays are those of the same numbers in float32."""
+    params = mlp_params()
+    config = dataclasses.replace(config, target_modules=["up", "down"])
+    sites = find_sites(mlp, params, X)
+    half = init_adapter(KEY, config, sites, params, dtype=jnp.bfloat16)
+    half = half.replace(params=redraw(half.params))
+    full = init_adapter(KEY, config, sites, params)
+    chex.assert_trees_all_equal(half.buffers, full.buffers)
+    full = full.replace(params=jax.tree.map(lambda x: x.astype(jnp.float32), half.params))
+
+    @jax.jit
+    def outputs(adapter):
+        return adapt(mlp)(params, adapter, X), merge(params, adapter)
+
+    chex.assert_trees_all_close(outputs(half), outputs(full), rtol=1e-5, atol=1e-5)

@@ -20,7 +20,17 @@ from peftjax.config import (
     check_probability,
     rejects,
 )
-from peftjax.factors import Arrays, Factors, Method, Weight, dot, gram
+from peftjax.factors import (
+    Arrays,
+    Factors,
+    Method,
+    Weight,
+    accumulation_dtype,
+    dot,
+    gram,
+    times,
+    widened,
+)
 from peftjax.sites import Site
 from peftjax.stacks import over_stack
 
@@ -310,7 +320,8 @@ def _rank_mask(config: AdaLoraConfig, site: Site) -> np.ndarray | None:
 
 def _buffers(key: PRNGKeyArray, config: AdaLoraConfig, rank: int, weight: Weight) -> Arrays:
     alpha = config.lora_alpha if config.lora_alpha > 0 else config.init_r
-    return {"scaling": jnp.asarray(alpha / (config.init_r + 1e-5), weight.spec.dtype)}
+    dtype = accumulation_dtype(weight.spec.dtype)
+    return {"scaling": jnp.asarray(alpha / (config.init_r + 1e-5), dtype)}
 
 
 def _init(
@@ -338,11 +349,11 @@ def _factors(
     weight: Weight,
     key: PRNGKeyArray | None,
 ) -> Factors:
-    values = params["lora_E"] * buffers.get("rank_mask", 1)
-    a = params["lora_A"] * jnp.broadcast_to(values, params["lora_A"].shape)
+    values, a = widened(params["lora_E"] * buffers.get("rank_mask", 1)), widened(params["lora_A"])
+    a = a * jnp.broadcast_to(values, a.shape)
     # A lookup has no input to drop from.
     dropout = 0.0 if weight.spec.kind == "lookup" else config.lora_dropout
-    return Factors(A=a, B=buffers["scaling"] * params["lora_B"], dropout=dropout)
+    return Factors(A=a, B=times(buffers["scaling"], params["lora_B"]), dropout=dropout)
 
 
 AdaLoraConfig.method = Method(

@@ -26,6 +26,8 @@ from peftjax.factors import (
     Weight,
     WeightSpec,
     accumulation_dtype,
+    times,
+    widened,
 )
 from peftjax.sites import Site
 from peftjax.targeting import pattern_value
@@ -240,7 +242,7 @@ def core_taps(config: LoHaConfig, spec: WeightSpec) -> tuple[int, ...]:
 
 
 def _buffers(key: PRNGKeyArray, config: LoHaConfig, settings: _Settings, weight: Weight) -> Arrays:
-    return {"scaling": jnp.asarray(settings.scaling, weight.spec.dtype)}
+    return {"scaling": jnp.asarray(settings.scaling, accumulation_dtype(weight.spec.dtype))}
 
 
 def _init(
@@ -274,10 +276,11 @@ def _init(
 def _halves(params: Arrays, buffers: Arrays, spec: WeightSpec) -> list[tuple[Array, Array]]:
     """The two low-rank matrices as factors of shapes (*in, r) and (r, *out)."""
     halves = []
+    params = {name: widened(array) for name, array in params.items()}
     for half in (1, 2):
         a, b = params[f"hada_w{half}_a"], params[f"hada_w{half}_b"]
         if "rank_mask" in buffers:
-            mask = buffers["rank_mask"]
+            mask = buffers["rank_mask"].astype(a.dtype)
             a = a * mask.reshape(-1, *[1] * (a.ndim - 1))
             b = b * jnp.broadcast_to(mask, b.shape)
         if f"hada_t{half}" in params:
@@ -312,10 +315,10 @@ def _change(
         a1 = a1 * _kept(config, key, spec, a1.dtype)[None]
     rank = a1.shape[0]
     if weight.fusible and (weight.tokens is None or fusing_is_cheaper(rank, spec, weight.tokens)):
-        return Dense(scaling * _product(b1, a1) * _product(b2, a2))
+        return Dense(times(scaling, _product(b1, a1)) * _product(b2, a2))
     factor_in = (b1[..., :, None] * b2[..., None, :]).reshape(*spec.in_shape, rank**2)
     factor_out = (a1[:, None] * a2[None, :]).reshape(rank**2, *spec.out_shape)
-    return Factors(A=factor_in, B=scaling * factor_out)
+    return Factors(A=factor_in, B=times(scaling, factor_out))
 
 
 def _product(b: Array, a: Array) -> Array:

@@ -31,6 +31,8 @@ from peftjax.factors import (
     WeightSpec,
     accumulation_dtype,
     inverse,
+    times,
+    widened,
 )
 from peftjax.sites import Site
 from peftjax.targeting import pattern_value
@@ -195,7 +197,8 @@ def _settings(config: LoraConfig, site: Site, layer: int | None) -> _Settings:
 
 def _buffers(key: PRNGKeyArray, config: LoraConfig, settings: _Settings, weight: Weight) -> Arrays:
     """The scale; with PiSSA and OLoRA also where A and B start, which is subtracted from them."""
-    scaling = {"scaling": jnp.asarray(settings.scaling, weight.spec.dtype)}
+    dtype = accumulation_dtype(weight.spec.dtype)
+    scaling = {"scaling": jnp.asarray(settings.scaling, dtype)}
     if not _starts_from_weight(config):
         return scaling
     a, b = _from_weight(str(config.init_lora_weights), key, weight, settings)
@@ -312,10 +315,10 @@ def _low_rank(params: Arrays, buffers: Arrays) -> tuple[Array, Array]:
     a, b, scaling = params["lora_A"], params["lora_B"], buffers["scaling"]
     if "rank_mask" in buffers:
         a = a * jnp.broadcast_to(buffers["rank_mask"], a.shape)
-    b = scaling * b
+    b = times(scaling, b)
     if "lora_A_init" in buffers:
         a = jnp.concatenate([a, buffers["lora_A_init"]], axis=-1)
-        b = jnp.concatenate([b, -scaling * buffers["lora_B_init"]], axis=0)
+        b = jnp.concatenate([b, -times(scaling, buffers["lora_B_init"])], axis=0)
     return a, b
 
 
@@ -336,7 +339,7 @@ def _factors(
     dropout = 0.0 if weight.spec.kind == "lookup" else config.lora_dropout
     if not config.use_dora:
         return Factors(A=a, B=b, dropout=dropout)
-    magnitude = params["lora_magnitude_vector"]
+    magnitude = widened(params["lora_magnitude_vector"])
     norms = _norms(weight, a, b).astype(magnitude.dtype)
     return Factors(A=a, B=b, out_scale=magnitude / norms, dropout=dropout)
 
@@ -355,7 +358,7 @@ def _inverse(
 def _bias(config: LoraConfig, params: Arrays, buffers: Arrays, weight: Weight) -> BiasChange:
     if not config.lora_bias:
         return BiasChange()
-    return BiasChange(shift=buffers["scaling"] * params["lora_B_bias"])
+    return BiasChange(shift=times(buffers["scaling"], params["lora_B_bias"]))
 
 
 LoraConfig.method = Method(

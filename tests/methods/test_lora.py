@@ -1,14 +1,15 @@
 """LoRA's starts: what is drawn, what is taken from the weight, and what is the identity."""
 
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import normal
+from models import normal, redraw
 
-from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge
+from peftjax import LoraConfig, adapt, find_sites, init_adapter, merge, save_pretrained
 
 KEY = jax.random.key(0)
 
@@ -128,3 +129,35 @@ def test_the_base_is_never_changed(init):
 def test_scaling(rslora, want):
     _, adapter = start(True, use_rslora=rslora)
     assert float(adapter.buffers["w"]["scaling"]) == pytest.approx(want)
+
+
+def test_half_precision_keeps_the_scale(tmp_path):
+    """8 / 6 is no number of bfloat16, and a file would tell of another alpha."""
+    _, adapter = start(True, r=6, alpha=8, dtype=jnp.bfloat16)
+    assert float(adapter.buffers["w"]["scaling"]) == pytest.approx(8 / 6, rel=1e-7)
+    written = json.loads((save_pretrained(tmp_path, adapter) / "adapter_config.json").read_text())
+    assert (written["lora_alpha"], written["alpha_pattern"]) == (8, {})
+
+
+@pytest.mark.parametrize("kind", ["product", "lookup"])
+def test_half_precision_factors_keep_the_digits_of_the_product(kind):
+    """With a bias of the change, and factors that were taken out of the weight or not."""
+    params = {"w": normal(12, 9), "bias": normal(9, seed=1)}
+    x = jnp.arange(5) if kind == "lookup" else normal(5, 12, std=1)
+
+    def apply_fn(params, x):
+        y = params["w"][x] if kind == "lookup" else x @ params["w"]
+        return y + jnp.expand_dims(params["bias"], 0)
+
+    sites = find_sites(apply_fn, params, x)
+    for fields in ({"lora_bias": True}, {"init_lora_weights": "pissa"}):
+        config = LoraConfig(r=6, lora_alpha=8, target_modules=["w"], **fields)
+        half = init_adapter(KEY, config, sites, params, dtype=jnp.bfloat16)
+        half = half.replace(params=redraw(half.params))
+
+        def wide(tree):
+            return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+        full = half.replace(params=wide(half.params), buffers=wide(half.buffers))
+        got, want = (jax.jit(adapt(apply_fn))(params, each, x) for each in (half, full))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

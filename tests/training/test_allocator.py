@@ -500,7 +500,7 @@ def test_half_precision(strict):
     chex.assert_tree_all_finite(params_now)
     assert {str(x.dtype) for x in jax.tree.leaves(adapter.params)} == {"bfloat16"}
     for own in adapter.buffers.values():
-        assert own["scaling"] == jnp.asarray(8 / (4 + 1e-5), jnp.bfloat16)
+        assert own["scaling"] == jnp.asarray(8 / (4 + 1e-5), jnp.float32)
     pruned = prune(adapter.replace(params=params_now), state)
     chex.assert_trees_all_equal_dtypes(pruned.params, adapter.params)
 
