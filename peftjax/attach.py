@@ -5,15 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from peftjax.adapter import Adapter, check_leaves
 from peftjax.changes import bias_change, changed_weight
+from peftjax.engine import compat
 from peftjax.engine.packed import Packed
 from peftjax.engine.run import mark
 from peftjax.engine.views import View
 from peftjax.factors import accumulation_dtype
 from peftjax.routes import Mix
-from peftjax.sites import Site
+from peftjax.sites import Leaf, Site
+from peftjax.targeting import trained_layers
 from peftjax.trees import dotted, is_array, is_quantised
 
 
@@ -59,15 +62,23 @@ def attach(
     Returns:
       The leaves, where whole leaves and biases are replaced by those of the adapters; and, for
       each adapted weight, the leaf with its layers.
+
+    Raises:
+      ValueError: an adapter trains a leaf whole that one before it has changed.
     """
     leaves = dict(leaves)
     positions = {path: i for i, path in enumerate(leaves)}
     views: dict[str, View] = {}
+    before = dict(leaves)
     for adapter in adapters:
         for leaf in adapter.saved:
-            own = adapter.params[leaf.module][leaf.leaf_name]
-            leaves[leaf.path] = own.astype(leaves[leaf.path].dtype)
-            views.pop(leaf.path, None)
+            if leaf.path in views or leaves[leaf.path] is not before[leaf.path]:
+                raise ValueError(
+                    f"{leaf.path}: an adapter trains it whole (`modules_to_save`, `bias`), which "
+                    f"would drop what one before it makes of it: put the adapter that trains it "
+                    f"first, and let no other train it"
+                )
+            leaves[leaf.path] = _trained_leaf(leaves[leaf.path], adapter, leaf)
         for site in adapter.sites.values():
             view = views.get(site.path)
             if view is None:
@@ -110,6 +121,20 @@ def _check_params(adapter: Adapter) -> None:
             f"adapter.params does not fit the adapter: {', '.join(wrong[:5])} is on one side only; "
             f"keep the structure that init_adapter gave"
         )
+
+
+def _trained_leaf(base: jax.Array, adapter: Adapter, leaf: Leaf) -> jax.Array:
+    """A whole leaf of an adapter, and the base's own in layers that it does not train."""
+    own = adapter.params[leaf.module][leaf.leaf_name].astype(base.dtype)
+    layers = trained_layers(adapter.config, adapter.sites, leaf)
+    if layers is None:
+        return own
+    axis = next(s.bias_stack_axes[0] for s in adapter.sites.values() if s.bias == leaf.path)
+    shape = [n if i == axis else 1 for i, n in enumerate(base.shape)]
+    trains = np.isin(np.arange(base.shape[axis]), sorted(layers)).reshape(shape)
+    trains, spec = jnp.broadcast_to(trains, base.shape), compat.explicit_spec(base)
+    trains, own = (compat.place_like(x, spec, base) for x in (trains, own))
+    return jnp.where(trains, own, base)
 
 
 def _changed_bias(bias: jax.Array, adapter: Adapter, site: Site, undo: bool) -> jax.Array:

@@ -44,9 +44,9 @@ def merge(
     # Dropout belongs to training: nothing of it is merged.
     adapters = [each.replace(key=None) for each in as_sequence(adapter)]
     _check_mergeable(adapters)
-    leaves = leaf_paths(params)
-    check_fits(leaves, adapters)
-    leaves, views = attach(leaves, adapters)
+    before = leaf_paths(params)
+    check_fits(before, adapters)
+    leaves, views = attach(before, adapters)
     packed = [path for path, leaf in leaves.items() if isinstance(leaf, Packed)]
     if packed and not dequantize:
         raise ValueError(
@@ -57,8 +57,8 @@ def merge(
     leaves |= {path: dense(leaves[path]) for path in packed}
     leaves |= {path: merged(view) for path, view in views.items()}
     if safe:
-        for path in views:
-            if not bool(jnp.isfinite(leaves[path]).all()):
+        for path, leaf in leaves.items():
+            if leaf is not before[path] and not bool(jnp.isfinite(leaf).all()):
                 raise ValueError(
                     f"merging gives values in {path} that are not finite: the adapter or the "
                     f"weight seems to be broken"

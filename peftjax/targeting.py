@@ -216,6 +216,26 @@ def bias_leaves(bias: str, sites: Sites, selected: Sites) -> tuple[Leaf, ...]:
     return tuple(x for x in sites.leaves if x.path in paths or x.leaf_name in named)
 
 
+def trained_layers(config: AdapterConfig, selected: Sites, leaf: Leaf) -> Layers | None:
+    """The layers of a whole leaf that train, where a config trains only some; None means all.
+
+    A bias of ``"<method>_only"`` trains in the layers that are selected: of several sites that
+    share it, in those of any.
+
+    Args:
+      config: the config.
+      selected: what :func:`select_sites` returned.
+      leaf: one of the leaves that the config trains whole.
+    """
+    using = [site for site in selected.sites if site.bias == leaf.path]
+    by_name = any(is_within(entry, leaf.module) for entry in config.modules_to_save or ())
+    if by_name or not using or not getattr(config, "bias", "none").endswith("_only"):
+        return None
+    if any(site.layers is None or not site.bias_stack_axes for site in using):
+        return None
+    return _NONE.union(*(_every_layer(site) for site in using))
+
+
 def _hits(targets: Targets | None, sites: Sites) -> Hits:
     """Returns what each entry of ``target_modules`` or ``exclude_modules`` names."""
     if targets is None:

@@ -185,6 +185,57 @@ class TestWholeLeaves:
             shift = merged[path]["bias"] - params[path]["bias"]
             np.testing.assert_allclose(shift, float(f"{path}.bias" in paths), atol=1e-6)
 
+    def test_biases_of_a_stack_train_where_its_layers_are_adapted(self, stack):
+        params, sites = stack
+        config = LoraConfig(target_modules=["up"], layers_to_transform=[1, 2], bias="lora_only")
+        adapter = init_adapter(KEY, config, sites, params)
+
+        def loss(trainable):
+            return jnp.sin(adapt(scanned)(params, adapter.replace(params=trainable), X)).sum()
+
+        slope = jax.jit(jax.grad(loss))(adapter.params)["layers.up"]["bias"]
+        trains = np.array([False, True, True, False])
+        np.testing.assert_array_equal(jnp.abs(slope).max(axis=1) > 0, trains)
+        # A decay of weights, say, moves them all.
+        moved = adapter.replace(params=jax.tree.map(lambda x: x + 1, adapter.params))
+        shift = merge(params, moved)["layers"]["up"]["bias"] - params["layers"]["up"]["bias"]
+        np.testing.assert_allclose(shift, np.where(trains, 1.0, 0)[:, None] * np.ones(9), atol=1e-6)
+
+    @pytest.mark.parametrize("more", [{"bias": "all"}, {"modules_to_save": ["layers.up_bias"]}])
+    def test_biases_meant_by_name_train_in_all_layers(self, more):
+        layers = scanned_params()["layers"]
+        params = {"layers": {**layers, "up_bias": {"b": layers["up"].pop("bias")}}}
+
+        def apply_fn(params, x):
+            own = params["layers"]
+            up = {**own["up"], "bias": own["up_bias"]["b"]}
+            return scanned({"layers": {"up": up, "down": own["down"]}}, x)
+
+        config = LoraConfig(
+            target_modules=["up"], layers_to_transform=[1], **{"bias": "lora_only", **more}
+        )
+        adapter = init_adapter(KEY, config, find_sites(apply_fn, params, X), params)
+        moved = adapter.replace(params=jax.tree.map(lambda x: x + 1, adapter.params))
+        shift = merge(params, moved)["layers"]["up_bias"]["b"] - params["layers"]["up_bias"]["b"]
+        np.testing.assert_allclose(shift, 1, atol=1e-6)
+
+    def test_a_bias_of_two_weights_trains_where_one_of_them_is_adapted(self):
+        kernels = {"a": {"w": normal(3, 6, 6)}, "b": {"w": normal(3, 6, 6, seed=1)}}
+        params = kernels | {"bias": normal(3, 6, seed=2)}
+
+        def apply_fn(params, x):
+            def layer(x, own):
+                shift = own["bias"][None]
+                return jnp.tanh(x @ own["a"]["w"] + shift) @ own["b"]["w"] + shift, None
+
+            return jax.lax.scan(layer, x, params)[0]
+
+        config = LoraConfig(target_modules=["a.0", "b.2"], bias="lora_only")
+        adapter = init_adapter(KEY, config, find_sites(apply_fn, params, X), params)
+        moved = adapter.replace(params=jax.tree.map(lambda x: x + 1, adapter.params))
+        shift = merge(params, moved)["bias"] - params["bias"]
+        np.testing.assert_allclose(shift.max(axis=1), [1, 0, 1], atol=1e-6)
+
     def test_an_own_bias_and_a_trained_bias_of_one_module(self, dense):
         params, sites = dense
         config = LoraConfig(target_modules=["up"], bias="lora_only", lora_bias=True)

@@ -1,5 +1,8 @@
 """Merging and taking apart."""
 
+import dataclasses
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 from models import EverythingConfig, mlp, mlp_params, normal, redraw
 
-from peftjax import LoraConfig, find_sites, init_adapter, merge, unmerge
+from peftjax import IA3Config, LoraConfig, adapt, find_sites, init_adapter, merge, unmerge
 
 KEY = jax.random.key(0)
 X = normal(4, 6, seed=9, std=1)
@@ -84,6 +87,49 @@ def test_safe_names_the_broken_module():
     assert jnp.isnan(merge(params, adapter)["down"]["kernel"]).all()
     with pytest.raises(ValueError, match=r"down\.kernel that are not finite"):
         merge(params, adapter, safe=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("up", "lora_B_bias"), ("down", "kernel"), ("down", "bias")]
+)
+def test_safe_looks_at_biases_and_whole_leaves(module, name):
+    params = mlp_params()
+    config = LoraConfig(r=3, target_modules=["up"], lora_bias=True, modules_to_save=["down"])
+    adapter = make(params, config)
+    merge(params, adapter, safe=True)
+    own = adapter.params[module]
+    own = {**own, name: jnp.full_like(own[name], jnp.inf)}
+    path = rf"{module}\.{name.removeprefix('lora_B_')}"
+    with pytest.raises(ValueError, match=rf"{path} that are not finite"):
+        merge(params, adapter.replace(params={**adapter.params, module: own}), safe=True)
+
+
+UP = {"target_modules": ["up"]}
+SAVED = LoraConfig(**UP, modules_to_save=["down"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "path"),
+    [
+        (lora(), SAVED, "down.kernel"),
+        (lora(lora_bias=True), SAVED, "down.bias"),
+        (lora(bias="all"), SAVED, "down.bias"),
+        (IA3Config(**UP, feedforward_modules=[]), LoraConfig(**UP, bias="lora_only"), "up.bias"),
+        (LoraConfig(**UP, lora_bias=True), LoraConfig(**UP, bias="all"), "up.bias"),
+    ],
+    ids=["weight", "two", "trained twice", "scaled bias", "shifted bias"],
+)
+def test_a_whole_leaf_drops_nothing(first, second, path):
+    """What an adapter before it made of a leaf, one that trains it whole would replace."""
+    params = mlp_params()
+    adapters = [make(params, first), make(params, second)]
+    for run in (lambda: merge(params, adapters), lambda: adapt(mlp)(params, adapters, X)):
+        with pytest.raises(ValueError, match=rf"^{re.escape(path)}: .*put the adapter that trains"):
+            run()
+    if not adapters[0].saved:
+        got = adapt(mlp)(params, adapters[::-1], X)
+        want = mlp(merge(merge(params, adapters[1]), adapters[0]), X)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_none_changes_nothing():
