@@ -17,7 +17,7 @@ from peftjax.factors import accumulation_dtype
 from peftjax.routes import Mix
 from peftjax.sites import Leaf, Site
 from peftjax.targeting import trained_layers
-from peftjax.trees import dotted, is_array, is_quantised
+from peftjax.trees import dotted_paths, is_array, is_quantised
 
 
 def as_sequence(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:
@@ -179,10 +179,12 @@ def _bias_shift(bias: jax.Array, adapter: Adapter, site: Site) -> jax.Array | No
 def refill(params: Any, leaves: Mapping[str, Any]) -> Any:
     """A params tree with other arrays at its leaves; what is no array stays."""
 
-    def filled(keys: Any, leaf: Any) -> Any:
+    def filled(path: str, leaf: Any) -> Any:
         if not is_quantised(leaf) and not is_array(leaf):
             return leaf
-        own = leaves[dotted(keys)]
+        own = leaves[path]
         return leaf if isinstance(own, Packed) else own
 
-    return jax.tree_util.tree_map_with_path(filled, params, is_leaf=is_quantised)
+    flat, structure = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_quantised)
+    every = (filled(path, leaf) for path, (_, leaf) in zip(dotted_paths(flat), flat, strict=True))
+    return jax.tree.unflatten(structure, every)

@@ -14,7 +14,7 @@ from peftjax.config import AdapterConfig
 from peftjax.engine.packed import Packed
 from peftjax.experts import PRESENT
 from peftjax.sites import Site
-from peftjax.trees import dotted, is_quantised
+from peftjax.trees import dotted_paths, is_quantised
 
 Tree = TypeVar("Tree")
 _Key = tuple[str, str]
@@ -147,8 +147,8 @@ def _base(params: Any) -> tuple[Mesh, dict[str, PartitionSpec]]:
     meshes: dict[Any, str] = {}
     specs: dict[str, PartitionSpec] = {}
     flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=_says_where)[0]
-    for keys, leaf in flat:
-        path, where = dotted(keys), _where(leaf)
+    for path, (_, leaf) in zip(dotted_paths(flat), flat, strict=True):
+        where = _where(leaf)
         if isinstance(where, NamedSharding):
             # Under Explicit axes, shapes that were only traced know no devices.
             if isinstance(where.mesh, Mesh):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,11 +24,11 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
       ValueError: two arrays have the same dotted path.
     """
     paths: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantised)[0]:
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_quantised)[0]
+    for path, (_, leaf) in zip(dotted_paths(flat), flat, strict=True):
         leaf = as_packed(leaf)
         if not is_array(leaf):
             continue
-        path = dotted(keys)
         if path in paths:
             raise ValueError(
                 f"two arrays of the params have the path {path!r}: rename a key that holds a dot "
@@ -36,11 +38,20 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
     return paths
 
 
-def dotted(keys: tuple[Any, ...]) -> str:
-    """The dotted path of a key path; slashes, as in Haiku's module names, count as dots."""
-    if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
-        keys = keys[:-1]
-    return ".".join(_name(key) for key in keys).replace("/", ".")
+def dotted_paths(flat: Sequence[tuple[tuple[Any, ...], Any]]) -> list[str]:
+    """The dotted path of every leaf of a tree; slashes, as in Haiku's names, count as dots.
+
+    Args:
+      flat: the key paths and leaves, as JAX flattens the tree.
+    """
+    named = [tuple(map(_name, keys)) for keys, _ in flat]
+    within = Counter(names[:depth] for names in named for depth in range(len(names)))
+    paths = []
+    for (keys, _), names in zip(flat, named, strict=True):
+        # A box around an array has nothing beside it; the value of an attention has a query.
+        boxed = len(keys) > 1 and keys[-1] == GetAttrKey("value") and within[names[:-1]] == 1
+        paths.append(".".join(names[:-1] if boxed else names).replace("/", "."))
+    return paths
 
 
 def _name(key: Any) -> str:

@@ -1,6 +1,5 @@
 """Merging and taking apart."""
 
-import dataclasses
 import re
 
 import chex

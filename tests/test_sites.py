@@ -1,8 +1,12 @@
 """Finding sites: what the zoo does not cover. Names, heads, tables, weights made of weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen, nnx
 from jax import lax
 from models import mlp, mlp_params, normal, redraw, scanned, scanned_params
 
@@ -50,7 +54,44 @@ def test_sites_are_a_hashable_mapping():
     assert "middle" not in one
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Attention:
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
 class TestNames:
+    def test_a_field_called_value_is_no_box(self):
+        params = {"attn": Attention(*(normal(6, 6, seed=seed) for seed in range(3)))}
+
+        def apply_fn(params, x):
+            own = params["attn"]
+            return (x @ own.query + x @ own.key) @ own.value
+
+        sites = find_sites(apply_fn, params, X)
+        assert set(sites) == {"attn.query", "attn.key", "attn.value"}
+        adapter = init_adapter(KEY, LoraConfig(r=2, target_modules=["value"]), sites)
+        adapter = adapter.replace(params=redraw(adapter.params))
+        x, merged = normal(4, 6, seed=9, std=1), merge(params, adapter)
+        assert (merged["attn"].value != params["attn"].value).any()
+        assert (merged["attn"].query == params["attn"].query).all()
+        got = adapt(apply_fn)(params, adapter, x)
+        np.testing.assert_allclose(got, apply_fn(merged, x), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "box", [lambda x: linen.Partitioned(x, names=(None, None)), nnx.Param], ids=["linen", "nnx"]
+    )
+    def test_a_box_leaves_no_trace(self, box):
+        params = {"attn": {"query": box(normal(6, 6)), "value": box(normal(6, 6, seed=1))}}
+
+        def apply_fn(params, x):
+            own = jax.tree.leaves(params["attn"])
+            return x @ own[0] @ own[1]
+
+        assert set(find_sites(apply_fn, params, X)) == {"attn.query", "attn.value"}
+
     def test_two_weights_of_one_module_keep_their_own_names(self):
         params = {"attn": {"wq": normal(6, 6), "wo": normal(6, 6), "scale": normal(6)}}
 
