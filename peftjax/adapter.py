@@ -1,6 +1,7 @@
 """The adapter: a pytree of a few small arrays, and what they belong to."""
 
 import dataclasses
+import re
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -8,6 +9,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -100,8 +102,9 @@ def init_adapter(
       sites: what ``find_sites`` found.
       params: the base's params. Needed by ``modules_to_save``, a trained ``bias`` and initial
         values taken from the weights (PiSSA, OLoRA); otherwise only checked.
-      dtype: dtype of the adapter's arrays; by default the weight's own, and float32 for weights
-        of half precision.
+      dtype: dtype of the adapter's arrays, copies of whole leaves among them; by default the
+        weight's or leaf's own, and float32 for those of half precision. (PEFT leaves copies in half
+        precision, in which small steps of an optimizer are lost.)
 
     Returns:
       The adapter, which starts as the identity unless the config says otherwise.
@@ -109,7 +112,8 @@ def init_adapter(
     Raises:
       TypeError: config or sites are something else.
       NoMatchingModuleError: a target or a module to save is not there.
-      ValueError: the params are missing or not those of ``sites``, or the dtype is not floating.
+      ValueError: the params are missing or not those of ``sites``, the dtype is not floating, or
+        what is adapted or trained whole is not.
     """
     if not isinstance(config, AdapterConfig) or not isinstance(sites, Sites):
         raise TypeError(
@@ -121,12 +125,12 @@ def init_adapter(
     if config.method.gating is not None:
         raise ValueError("an adapter that mixes experts is made of trained ones: use init_xlora")
     chosen = select_sites(config, sites)
-    if callable(config.target_modules):
-        config = dataclasses.replace(config, target_modules=tuple(chosen))
+    config = _named(config, sites, chosen)
     saved = {leaf.path: leaf for leaf in saved_leaves(config, sites)}
     saved |= {
         leaf.path: leaf for leaf in bias_leaves(getattr(config, "bias", "none"), sites, chosen)
     }
+    _check_real(chosen, saved)
     method = config.method
     reads_weight = method.init_reads_weight(config) or method.buffers_read_weight(config)
     leaves: Mapping[str, Any] = {}
@@ -140,7 +144,7 @@ def init_adapter(
     trainable: dict[str, Arrays] = {}
     frozen: dict[str, Arrays] = {}
     for site in chosen.values():
-        own_dtype = jnp.dtype(dtype or accumulation_dtype(site.dtype))
+        own_dtype = _own_dtype(dtype, site.dtype)
         base = leaves[site.path] if reads_weight else None
         own_key = path_key(key, site.path)
         try:
@@ -149,10 +153,45 @@ def init_adapter(
             raise ValueError(f"{site.name}: {error}") from error
         trainable[site.name], frozen[site.name] = made
     for path, leaf in saved.items():
-        trainable.setdefault(leaf.module, {})[leaf.leaf_name] = jnp.array(dense(leaves[path]))
+        copy = jnp.array(dense(leaves[path]), _own_dtype(dtype, leaf.dtype))
+        trainable.setdefault(leaf.module, {})[leaf.leaf_name] = copy
     _warn_unmatched(config, chosen)
     known = sites.only(chosen.sites)
     return Adapter(trainable, frozen, None, config, known, tuple(saved.values()))
+
+
+def _check_real(chosen: Sites, saved: Mapping[str, Leaf]) -> None:
+    """Raises a ValueError for weights and whole leaves that cannot train."""
+    for site in chosen.values():
+        if not jnp.issubdtype(site.dtype, jnp.floating):
+            raise ValueError(
+                f"{site.path} is {site.dtype}, and only real weights can be adapted: name it in "
+                f"`exclude_modules`"
+            )
+    for path, leaf in saved.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"{path} is {leaf.dtype}, and only real arrays can be trained whole: name what "
+                f"lies beside it in `modules_to_save`, and take another `bias` than 'all' if it "
+                f"is called so"
+            )
+
+
+def _own_dtype(dtype: DTypeLike | None, base: np.dtype) -> jnp.dtype:
+    """The dtype of arrays that train for one of the base."""
+    return jnp.dtype(dtype or accumulation_dtype(base))
+
+
+def _named(config: AdapterConfig, sites: Sites, chosen: Sites) -> AdapterConfig:
+    """The config with names in the place of functions, which no file can hold."""
+    if callable(config.target_modules):
+        config = dataclasses.replace(config, target_modules=tuple(chosen))
+    excludes = config.exclude_modules
+    if callable(excludes):
+        # A list would also mean modules whose names end so.
+        names = [re.escape(site.name) for site in sites.values() if excludes(site)]
+        config = dataclasses.replace(config, exclude_modules="|".join(names) or None)
+    return config
 
 
 def _started(
@@ -204,7 +243,12 @@ def _warn_unmatched(config: AdapterConfig, chosen: Sites) -> None:
     """Warns of patterns that no adapted module matches, so that they do nothing."""
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field, {})
-        idle = unmatched_patterns([k.removesuffix(config.pattern_suffix) for k in pattern], chosen)
+        if config.pattern_suffix:
+            # The name of a tensor, and no end of one.
+            known = {name + config.pattern_suffix for name in chosen}
+            idle = tuple(key for key in pattern if key not in known)
+        else:
+            idle = unmatched_patterns(pattern, chosen)
         if idle:
             warnings.warn(
                 f"{field}: {', '.join(map(repr, idle))} matches no adapted module",

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from peftjax.adapter import Adapter, check_leaves
 from peftjax.changes import bias_change, changed_weight
@@ -131,10 +130,10 @@ def _trained_leaf(base: jax.Array, adapter: Adapter, leaf: Leaf) -> jax.Array:
         return own
     axis = next(s.bias_stack_axes[0] for s in adapter.sites.values() if s.bias == leaf.path)
     shape = [n if i == axis else 1 for i, n in enumerate(base.shape)]
-    trains = np.isin(np.arange(base.shape[axis]), sorted(layers)).reshape(shape)
-    trains, spec = jnp.broadcast_to(trains, base.shape), compat.explicit_spec(base)
-    trains, own = (compat.place_like(x, spec, base) for x in (trains, own))
-    return jnp.where(trains, own, base)
+    some = jnp.isin(jnp.arange(base.shape[axis]), jnp.asarray(sorted(layers))).reshape(shape)
+    spec = compat.explicit_spec(base)
+    trains = compat.place_like(jnp.broadcast_to(some, base.shape), spec, base)
+    return jnp.where(trains, compat.place_like(own, spec, base), base)
 
 
 def _changed_bias(bias: jax.Array, adapter: Adapter, site: Site, undo: bool) -> jax.Array:

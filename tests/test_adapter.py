@@ -236,6 +236,27 @@ class TestWholeLeaves:
         shift = merge(params, moved)["bias"] - params["bias"]
         np.testing.assert_allclose(shift.max(axis=1), [1, 0, 1], atol=1e-6)
 
+    @pytest.mark.parametrize(
+        ("base", "dtype", "want"),
+        [
+            (jnp.bfloat16, None, jnp.float32),
+            (jnp.bfloat16, jnp.float32, jnp.float32),
+            (jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+            (jnp.float32, None, jnp.float32),
+            (jnp.float32, jnp.float16, jnp.float16),
+        ],
+    )
+    def test_copies_have_the_dtype_of_an_adapter(self, base, dtype, want):
+        """A step of an optimizer that bfloat16 would lose is kept; the base's dtype is used."""
+        params, x = mlp_params(base), X.astype(base)
+        config = LoraConfig(target_modules=["up"], modules_to_save=["down"], bias="lora_only")
+        adapter = init_adapter(KEY, config, find_sites(mlp, params, x), params, dtype=dtype)
+        assert {x.dtype for x in jax.tree.leaves(adapter.params)} == {jnp.dtype(want)}
+        kernel = params["down"]["kernel"]
+        np.testing.assert_array_equal(adapter.params["down"]["kernel"], kernel.astype(want))
+        assert adapt(mlp)(params, adapter, x).dtype == base
+        assert merge(params, adapter)["down"]["kernel"].dtype == base
+
     def test_an_own_bias_and_a_trained_bias_of_one_module(self, dense):
         params, sites = dense
         config = LoraConfig(target_modules=["up"], bias="lora_only", lora_bias=True)
@@ -247,6 +268,23 @@ class TestWholeLeaves:
 
 
 class TestBadInput:
+    def test_what_is_not_real_cannot_train(self):
+        weights = {"a": {"w": normal(6, 6).astype(jnp.complex64)}, "b": {"w": normal(6, 6)}}
+        params = weights | {"head": {"w": normal(6, 6), "order": jnp.arange(6)}}
+
+        def apply_fn(params, x):
+            h = (x.astype(jnp.complex64) @ params["a"]["w"]).real @ params["b"]["w"]
+            return (h @ params["head"]["w"])[:, params["head"]["order"]]
+
+        sites = find_sites(apply_fn, params, X)
+        for config in (LoraConfig(), HRAConfig(), IA3Config(feedforward_modules=[])):
+            config = dataclasses.replace(config, target_modules=["a"])
+            with pytest.raises(ValueError, match=r"^a\.w is complex64.*`exclude_modules`"):
+                init_adapter(KEY, config, sites, params)
+        config = LoraConfig(target_modules=["b"], modules_to_save=["head"])
+        with pytest.raises(ValueError, match=r"^head\.order is int32.*`modules_to_save`"):
+            init_adapter(KEY, config, sites, params)
+
     def test_arguments_in_another_order(self, dense):
         params, sites = dense
         config = LoraConfig(target_modules=["up"])
@@ -307,6 +345,33 @@ def test_a_function_as_target_becomes_names(dense):
     adapter = init_adapter(KEY, LoraConfig(target_modules=lambda s: s.in_size == 9), dense[1])
     assert adapter.config.target_modules == ("down",)
     adapter.config.to_dict()
+
+
+def test_a_function_that_excludes_becomes_names(stack):
+    """So that the config can be saved, and means the same modules when it is used again."""
+    _, sites = stack
+    config = LoraConfig(target_modules=["up", "down"], exclude_modules=lambda s: s.in_size == 9)
+    with pytest.raises(ValueError, match=r"`exclude_modules` is a function, .* init_adapter"):
+        config.to_dict()
+    adapter = init_adapter(KEY, config, sites)
+    assert list(adapter.sites) == ["layers.up"]
+    read = type(config).from_dict(adapter.config.to_dict())
+    assert list(init_adapter(KEY, read, sites).sites) == ["layers.up"]
+    nothing = dataclasses.replace(config, exclude_modules=lambda site: False)
+    with pytest.warns(UserWarning, match="selects no site"):
+        assert init_adapter(KEY, nothing, sites).config.exclude_modules is None
+
+
+def test_an_excluding_function_means_no_other_module_of_that_end():
+    params = {"up": {"kernel": normal(6, 6)}, "layers": scanned_params()["layers"]}
+
+    def apply_fn(params, x):
+        return scanned(params, x @ params["up"]["kernel"])
+
+    sites = find_sites(apply_fn, params, X)
+    config = LoraConfig(target_modules=["up"], exclude_modules=lambda site: site.name == "up")
+    config = init_adapter(KEY, config, sites).config
+    assert list(init_adapter(KEY, config, sites).sites) == ["layers.up"]
 
 
 EVERY_METHOD = pytest.mark.parametrize(

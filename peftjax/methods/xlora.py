@@ -64,7 +64,8 @@ class XLoraConfig(AdapterConfig):
       head: path of the weight whose input are the hidden states, likewise.
 
     Raises:
-      ValueError: a size, count or temperature is out of range.
+      ValueError: a size, count or temperature is out of range, or a field says which modules to
+        adapt, which is up to the experts.
 
     References:
       Buehler and Buehler, X-LoRA: Mixture of Low-Rank Adapter Experts, 2024,
@@ -93,8 +94,9 @@ class XLoraConfig(AdapterConfig):
         if self.adapters is None:
             object.__setattr__(self, "adapters", {})
         super().__post_init__()
-        if self.target_modules is not None:
-            raise ValueError("X-LoRA adapts what its experts adapt: leave `target_modules` out")
+        for name in _OF_THE_EXPERTS:
+            if getattr(self, name) not in (None, ()):
+                raise ValueError(f"X-LoRA adapts what its experts adapt: leave `{name}` out")
         for name in ("hidden_size", "xlora_depth", "xlora_size", "top_k_lora"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -126,6 +128,14 @@ class XLoraConfig(AdapterConfig):
         every = super(XLoraConfig, plain).to_dict()
         return {name: value for name, value in every.items() if name not in ours | shared}
 
+
+_OF_THE_EXPERTS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+)
 
 _OF_EVERY_FILE = {"base_model_name_or_path", "revision", "task_type"}
 

@@ -460,3 +460,20 @@ def test_what_cannot_work_is_refused_by_name(fields, message):
 def test_least_schedule():
     assert AdaLoraConfig(total_step=10, tinit=4, tfinal=5).total_step == 10
     assert AdaLoraConfig(init_r=0, target_r=0, orth_reg_weight=0).init_r == 0
+
+
+@pytest.mark.parametrize("key", ["up.lora_E", "mlp.up", "mlp.down.lora_E"])
+def test_patterns_are_the_names_of_tensors(key):
+    """A key that is the end of one, or no tensor, does nothing, and is not ignored in silence."""
+    params = {"mlp": mlp_params()}
+    sites = find_sites(lambda params, x: mlp(params["mlp"], x), params, normal(4, 6))
+
+    def ranks(key):
+        config = AdaLoraConfig(
+            init_r=4, target_r=2, target_modules=["up"], rank_pattern={key: [True, False] * 2}
+        )
+        return init_adapter(KEY, config, sites).params["mlp.up"]["lora_E"].shape
+
+    with pytest.warns(UserWarning, match=rf"rank_pattern: '{key}' matches no adapted module"):
+        assert ranks(key) == (4,)
+    assert ranks("mlp.up.lora_E") == (2,)

@@ -486,6 +486,20 @@ class TestMistakes:
         with pytest.raises(ValueError, match="init_xlora"):
             init_adapter(KEY, dataclasses.replace(XLoraConfig()), sites)
 
+    @pytest.mark.parametrize(
+        "field",
+        [
+            {"target_modules": ["up"]},
+            {"exclude_modules": ["up"]},
+            {"layers_to_transform": [0]},
+            {"modules_to_save": ["head"]},
+        ],
+        ids=lambda field: next(iter(field)),
+    )
+    def test_what_the_experts_say(self, field):
+        with pytest.raises(ValueError, match=f"experts adapt: leave `{next(iter(field))}` out"):
+            XLoraConfig(**field)
+
     def test_in_the_shapes(self, made):
         params, sites, experts = made
         adapter = init_xlora(KEY, XLoraConfig(), experts, sites)
