@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, ClassVar, Self, TypeVar
 
+import numpy as np
+
 from peftjax.factors import Method
 from peftjax.sites import Site
 
@@ -268,13 +270,30 @@ def check_ranks(r: int, rank_pattern: Mapping[str, int]) -> dict[str, int]:
     """
     ranks = {"r": r, **{f"rank_pattern[{key!r}]": rank for key, rank in rank_pattern.items()}}
     for name, rank in ranks.items():
-        if not isinstance(rank, int) or rank <= 0:
+        if not _conforms(rank, int) or rank <= 0:
             raise ValueError(
                 f"`{name}` should be a positive integer value but the value passed is {rank}"
             )
     for key in rank_pattern:
         check_regex("rank_pattern", key)
     return ranks
+
+
+def check_alphas(
+    field: str, alpha: float, alpha_pattern: Mapping[str, float] = FrozenMapping()
+) -> dict[str, float]:
+    """Returns every alpha of a config by the field that gives it.
+
+    Raises:
+      ValueError: one of them is no finite number, or a key is no regular expression.
+    """
+    alphas = {f"alpha_pattern[{key!r}]": each for key, each in alpha_pattern.items()}
+    for name, each in {field: alpha, **alphas}.items():
+        if not _conforms(each, float):
+            raise ValueError(f"`{name}` must be a finite number, got {each!r}")
+    for key in alpha_pattern:
+        check_regex("alpha_pattern", key)
+    return {field: alpha, **alphas}
 
 
 def check_probability(field: str, value: float) -> None:
@@ -313,7 +332,12 @@ def check_names(
 
 
 def _freeze(value: Any) -> Any:
-    """Returns the value with containers made immutable, hashable and of a fixed order."""
+    """Returns the value with containers made immutable, hashable and of a fixed order.
+
+    NumPy's numbers and arrays become Python's, which JSON knows.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return FrozenMapping((key, _freeze(item)) for key, item in value.items())
     if isinstance(value, Set):

@@ -75,7 +75,8 @@ def unmerge(params: Any, adapter: Adapter | Sequence[Adapter] | None) -> Any:
 
     Returns:
       The params before the merge, up to rounding: in half precision that is visible, and keeping
-      the base params is better.
+      the base params is better. What an IA3 scaled by zero is gone, and comes back as NaN, where
+      PEFT gives zeros.
 
     Raises:
       ValueError: an adapter replaced whole leaves (``modules_to_save``, a trained ``bias``), which

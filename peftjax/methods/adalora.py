@@ -16,6 +16,7 @@ from peftjax.config import (
     LORA_FIELDS_OF_PEFT_ALONE,
     AdapterConfig,
     FrozenMapping,
+    check_alphas,
     check_biases,
     check_probability,
     rejects,
@@ -141,6 +142,7 @@ class AdaLoraConfig(AdapterConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
                 raise ValueError(f"`{name}` must be {minimum} or more, and whole, got {value!r}")
+        check_alphas("lora_alpha", self.lora_alpha)
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be in (0, 1), got {getattr(self, name)}")

@@ -13,9 +13,9 @@ from peftjax.adapter import Adapter
 from peftjax.config import (
     AdapterConfig,
     FrozenMapping,
+    check_alphas,
     check_probability,
     check_ranks,
-    check_regex,
 )
 from peftjax.factors import (
     Arrays,
@@ -89,7 +89,8 @@ class LoHaConfig(AdapterConfig):
       task_type: PEFT's task, for torch PEFT.
 
     Raises:
-      ValueError: a rank that is no positive integer, or a probability out of range.
+      ValueError: a rank that is no positive integer, an alpha that is no number, or a probability
+        out of range.
 
     Example:
       >>> from peftjax.methods.loha import LoHaConfig
@@ -118,8 +119,7 @@ class LoHaConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranks(self.r, self.rank_pattern)
-        for key in self.alpha_pattern:
-            check_regex("alpha_pattern", key)
+        check_alphas("alpha", self.alpha, self.alpha_pattern)
         check_probability("rank_dropout", self.rank_dropout)
         check_probability("module_dropout", self.module_dropout)
 

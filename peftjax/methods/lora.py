@@ -15,10 +15,10 @@ from peftjax.config import (
     LORA_FIELDS_OF_PEFT_ALONE,
     AdapterConfig,
     FrozenMapping,
+    check_alphas,
     check_biases,
     check_probability,
     check_ranks,
-    check_regex,
     rejects,
 )
 from peftjax.factors import (
@@ -145,9 +145,8 @@ class LoraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ranks = check_ranks(self.r, self.rank_pattern)
-        for key in self.alpha_pattern:
-            check_regex("alpha_pattern", key)
-        self._check_init()
+        alphas = check_alphas("lora_alpha", self.lora_alpha, self.alpha_pattern)
+        self._check_init(alphas)
         odd = [f"{name} = {rank}" for name, rank in ranks.items() if rank % 2]
         if self.init_lora_weights == "orthogonal" and odd:
             raise ValueError(f'`init_lora_weights="orthogonal"` needs even ranks, got {odd[0]}')
@@ -156,7 +155,7 @@ class LoraConfig(AdapterConfig):
         if self.lora_bias and self.use_dora:
             raise ValueError("`lora_bias` does not work with `use_dora`: set one of them")
 
-    def _check_init(self) -> None:
+    def _check_init(self, alphas: Mapping[str, float]) -> None:
         init = self.init_lora_weights
         if isinstance(init, bool):
             return
@@ -166,6 +165,12 @@ class LoraConfig(AdapterConfig):
             raise ValueError(
                 "`init_lora_weights` must be True, False, 'gaussian', 'orthogonal', 'olora', "
                 f"'pissa' or 'pissa_niter_N'; got {init!r}"
+            )
+        low = [f"`{name}` = {alpha}" for name, alpha in alphas.items() if alpha <= 0]
+        if low and init.startswith("pissa"):
+            raise ValueError(
+                f"`init_lora_weights={init!r}` divides by the scale, which must be above 0: got "
+                f"{low[0]}"
             )
         if self.lora_bias:
             raise ValueError(

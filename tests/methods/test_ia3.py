@@ -370,6 +370,17 @@ def test_a_single_output_is_scaled():
     np.testing.assert_allclose(got, apply_fn(params, x) * scale, atol=1e-12)
 
 
+def test_what_was_scaled_by_zero_is_gone():
+    """PEFT divides by the scale plus 1e-8, and gives zeros for weights."""
+    params = mlp_params()
+    sites = find_sites(mlp, params, normal(4, 6))
+    adapter = init_adapter(KEY, IA3Config(target_modules=["up"], feedforward_modules=[]), sites)
+    scale = adapter.params["up"]["ia3_l"].at[0, 2].set(0)
+    adapter = adapter.replace(params={"up": {"ia3_l": scale}})
+    back = unmerge(merge(params, adapter), adapter)["up"]["kernel"]
+    np.testing.assert_array_equal(back, params["up"]["kernel"].at[:, 2].set(jnp.nan))
+
+
 def test_modules_to_save():
     params, x = mlp_params(), normal(4, 6, seed=9, std=1)
     config = IA3Config(target_modules=["up"], feedforward_modules=[], modules_to_save=["down"])

@@ -1,7 +1,11 @@
+import json
 import math
 
+import numpy as np
 import pytest
 
+from peftjax.methods.adalora import AdaLoraConfig
+from peftjax.methods.loha import LoHaConfig
 from peftjax.methods.lora import LoraConfig
 
 
@@ -38,13 +42,58 @@ def test_config_is_hashable_with_patterns():
     assert list(config.rank_pattern) == ["q", "k"]
 
 
-@pytest.mark.parametrize("r", [0, -1, 2.5, None])
+@pytest.mark.parametrize("r", [0, -1, 2.5, None, True])
 def test_rank_is_positive(r):
     message = f"`r` should be a positive integer value but the value passed is {r}"
     with pytest.raises(ValueError, match=message):
         LoraConfig(r=r)
     with pytest.raises(ValueError, match=r"`rank_pattern\['q'\]` should be a positive integer"):
         LoraConfig(rank_pattern={"k": 1, "q": r})
+
+
+@pytest.mark.parametrize("alpha", [None, "3", math.nan, math.inf, True])
+def test_alpha_is_a_number(alpha):
+    makers = [
+        ("lora_alpha", lambda: LoraConfig(lora_alpha=alpha)),
+        (r"alpha_pattern\['q'\]", lambda: LoraConfig(alpha_pattern={"k": 1, "q": alpha})),
+        ("alpha", lambda: LoHaConfig(alpha=alpha)),
+        (r"alpha_pattern\['q'\]", lambda: LoHaConfig(alpha_pattern={"q": alpha})),
+        ("lora_alpha", lambda: AdaLoraConfig(lora_alpha=alpha)),
+    ]
+    for field, make in makers:
+        with pytest.raises(ValueError, match=f"`{field}` must be a finite number, got {alpha!r}"):
+            make()
+
+
+@pytest.mark.parametrize("alpha", [0, -4])
+def test_pissa_needs_a_scale_to_divide_by(alpha):
+    for init in ("pissa", "pissa_niter_4"):
+        with pytest.raises(ValueError, match=f"above 0: got `lora_alpha` = {alpha}"):
+            LoraConfig(lora_alpha=alpha, init_lora_weights=init)
+        with pytest.raises(ValueError, match=r"above 0: got `alpha_pattern\['q'\]` = "):
+            LoraConfig(alpha_pattern={"q": alpha}, init_lora_weights=init)
+    LoraConfig(lora_alpha=alpha, init_lora_weights="olora")
+
+
+def test_numbers_of_numpy_become_pythons():
+    config = LoraConfig(
+        r=np.int64(4),
+        lora_alpha=np.float32(3),
+        use_rslora=np.bool_(True),
+        rank_pattern={"q": np.int32(2)},
+        layers_to_transform=np.arange(3),
+        target_modules=["q"],
+    )
+    same = LoraConfig(
+        r=4,
+        lora_alpha=3.0,
+        use_rslora=True,
+        rank_pattern={"q": 2},
+        layers_to_transform=[0, 1, 2],
+        target_modules=["q"],
+    )
+    assert config == same
+    assert json.loads(json.dumps(config.to_dict())) == same.to_dict()
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 2])
