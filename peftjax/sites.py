@@ -70,6 +70,8 @@ class Site:
       dilated: whether the taps of a convolution's kernel lie apart.
       is_head: whether the result reaches an output of the function through views, its bias and
         scalar operations alone.
+      is_tied: whether the weight is used both ways round, from its in-axes to its out-axes and
+        back: a table that is the output head too, or the two halves of an autoencoder.
       layers: indices selected along the first stack axis; None means all of them.
     """
 
@@ -87,6 +89,7 @@ class Site:
     groups: int = 1
     dilated: bool = False
     is_head: bool = False
+    is_tied: bool = False
     layers: tuple[int, ...] | None = None
 
     @property
@@ -324,6 +327,7 @@ def _site(leaf: int, leaves: tuple[Leaf, ...], records: list[Record], is_head: b
         dilated=use.dilated,
         # A table's own rows may be the output; only as a linear map is it a head.
         is_head=is_head and any(r.kind != "lookup" for r in seen),
+        is_tied=any({role, roles[axis]} == {"in", "out"} for r in seen for axis, role in r.roles),
     )
     biases = {
         (leaves[r.bias].path, stacked)

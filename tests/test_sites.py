@@ -145,6 +145,41 @@ class TestHeads:
         assert not sites["w"].is_head
 
 
+class TestTies:
+    IDS = jnp.zeros((2, 3), jnp.int32)
+
+    def test_a_table_that_is_the_head_too(self):
+        def apply_fn(params, ids):
+            return jax.nn.log_softmax(jnp.tanh(params["embed"][ids]) @ params["embed"].T)
+
+        site = find_sites(apply_fn, {"embed": normal(11, 6)}, self.IDS)["embed"]
+        assert site.kind == "lookup"
+        assert site.is_tied
+        assert not site.is_head
+
+    def test_two_halves_of_an_autoencoder(self):
+        sites = find_sites(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T, {"w": normal(6, 5)}, X)
+        assert sites["w"].is_tied
+
+    def test_layers_of_a_stack(self):
+        def apply_fn(params, x):
+            return lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, params["w"])[0]
+
+        assert find_sites(apply_fn, {"w": normal(3, 6, 5)}, X)["w"].is_tied
+
+    @pytest.mark.parametrize(
+        "apply_fn",
+        [
+            lambda p, x: x @ p["w"].T,
+            lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"],
+            lambda p, x: p["w"][jnp.zeros(3, jnp.int32)].sum() + x @ p["w"],
+        ],
+        ids=["transposed", "twice", "one-hot"],
+    )
+    def test_one_way_round_is_no_tie(self, apply_fn):
+        assert not find_sites(apply_fn, {"w": normal(6, 6)}, X)["w"].is_tied
+
+
 class TestWeightsOfWeights:
     """A use of something made of weights alone is a use of those weights, merged first."""
 

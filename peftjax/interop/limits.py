@@ -50,8 +50,9 @@ def _refused(what: str) -> str:
 
 
 _TIED = Limit(
-    "is a table and an output head at once, of which torch PEFT would change the table alone",
-    lambda site, spec, first: spec.kind == "lookup" and site.is_head,
+    "is used both ways round, as a table and an output head at once is, and torch PEFT would "
+    "change one of the two alone",
+    lambda site, spec, first: site.is_tied,
 )
 _TABLE = Limit(_refused("a table"), lambda site, spec, first: spec.kind == "lookup")
 _CONV1D = Limit(_refused("transformers' Conv1D"), lambda site, spec, first: first)

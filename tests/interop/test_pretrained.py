@@ -864,6 +864,51 @@ def test_what_peft_cannot_run(name, tmp_path):
         load_pretrained(directory, sites, names=NAMES)
 
 
+def check_foreign(adapter, sites, params, directory, match):
+    """Neither written for torch PEFT nor read as its file, but kept for peftjax alone."""
+    with pytest.raises(ValueError, match=match):
+        save_pretrained(directory, adapter)
+    assert not directory.exists()
+    save_pretrained(directory, adapter, allow_foreign=True)
+    loaded = load_pretrained(directory, sites, params)
+    chex.assert_trees_all_equal(loaded.params, adapter.params)
+    pretrained.save_file(read(directory)[1], directory / TENSORS, {"format": "pt"})
+    with pytest.raises(ValueError, match=match):
+        load_pretrained(directory, sites, params)
+
+
+TIED_HEADS = {
+    "log_softmax": jax.nn.log_softmax,
+    "soft cap": lambda y: 30 * jnp.tanh(y / 30),
+    "masked": lambda y: jnp.where(jnp.arange(8) < 6, y, -1e9),
+}
+
+
+@pytest.mark.parametrize("name", TIED_HEADS)
+def test_a_tied_head_is_seen_behind_anything(name, tmp_path):
+    def language_model(params, ids):
+        table = params["emb"]["embedding"]
+        return TIED_HEADS[name](jnp.tanh(table[ids]) @ table.T)
+
+    params = {"emb": {"embedding": normal(8, 6)}}
+    sites = find_sites(language_model, params, jnp.array([[0, 5]]))
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["emb"])
+    match = "emb: it is used both ways round"
+    check_foreign(drawn(config, sites), sites, params, tmp_path / "new", match)
+
+
+def test_the_halves_of_an_autoencoder_are_tied(tmp_path):
+    params = {"e": {"kernel": normal(6, 4)}}
+
+    def autoencoder(params, x):
+        return jnp.tanh(jnp.tanh(x @ params["e"]["kernel"]) @ params["e"]["kernel"].T)
+
+    sites = find_sites(autoencoder, params, jnp.ones((2, 6)))
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["e"])
+    match = "e: it is used both ways round"
+    check_foreign(drawn(config, sites), sites, params, tmp_path / "new", match)
+
+
 @pytest.mark.parametrize(
     "config",
     [
