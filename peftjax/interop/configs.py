@@ -104,6 +104,17 @@ def _write_low_rank(
     return {"rank_pattern": ranks, "alpha_pattern": alphas}
 
 
+def _write_lora(
+    config: LoraConfig, singles: Mapping[Part, Single], torch: Mapping[Part, str]
+) -> dict[str, Any]:
+    """Ranks and alphas, and a start that PEFT knows, which what is trained no longer tells."""
+    fields = _write_low_rank(config, singles, torch)
+    convolved = any(single.spec.kind == "conv" for single in singles.values())
+    if convolved and config.init_lora_weights == "orthogonal":
+        fields["init_lora_weights"] = True
+    return fields
+
+
 def _check_scale(config: LoraConfig | LoHaConfig, module: str, scale: np.ndarray) -> None:
     """Raises a ValueError if no alpha can stand for a scale that was changed."""
     if not np.isfinite(scale):
@@ -177,7 +188,7 @@ def _others(adapter: Adapter, names: ModuleNames) -> list[str]:
 
 
 _WRITERS: dict[type, Callable[[Any, Mapping[Part, Single], Mapping[Part, str]], dict[str, Any]]] = {
-    LoraConfig: _write_low_rank,
+    LoraConfig: _write_lora,
     LoHaConfig: _write_low_rank,
     AdaLoraConfig: _write_adalora,
     HRAConfig: _write_hra,

@@ -47,13 +47,17 @@ def export(
         first = names.keeps_inputs_first(module)
         if reason := unsupported(adapter.config, single.site, single.spec, first):
             foreign[module] = reason
-        for name, layout in layouts(adapter.config, single.spec).items():
-            if name in single.params:
-                key = f"{PREFIX}{module}.{layout.suffix}"
-                if key in tensors:
-                    raise ValueError(f"two sites have the torch name {module!r}: change names=")
-                laid = layout.there(single.params[name], single.spec)
-                tensors[key] = np.ascontiguousarray(laid)
+        laid = layouts(adapter.config, single.spec)
+        for name, array in single.params.items():
+            if name not in laid:
+                raise ValueError(
+                    f"{part[0]}: a file of {type(adapter.config).__name__} has no place for its "
+                    f"{name!r} of shape {array.shape}: leave that out of the adapter"
+                )
+            key = f"{PREFIX}{module}.{laid[name].suffix}"
+            if key in tensors:
+                raise ValueError(f"two sites have the torch name {module!r}: change names=")
+            tensors[key] = np.ascontiguousarray(laid[name].there(array, single.spec))
     for tensor in leaf_tensors(adapter.saved, known_sites(adapter), names):
         leaf = tensor.leaf
         whole = np.asarray(adapter.params[leaf.module][leaf.leaf_name])

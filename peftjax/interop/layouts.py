@@ -101,6 +101,7 @@ def _lora(config: AdapterConfig, spec: WeightSpec) -> Mapping[str, Layout]:
         return {
             "lora_A": Layout("lora_embedding_A", _flat_columns, _from_columns),
             "lora_B": Layout("lora_embedding_B", _outs_first, _from_outs_first),
+            "lora_B_bias": Layout("lora_embedding_B.bias", _outs, _reshaped),
             "lora_magnitude_vector": Layout("lora_magnitude_vector", _outs, _reshaped),
         }
     b, lengths = (

@@ -59,9 +59,10 @@ def save_pretrained(
     no word for is written so that it computes the same: scales that were changed become alphas,
     shorter chains of HRA are continued with pairs of reflections that cancel, and those made
     orthonormal (``apply_GS``) are written as they are. PiSSA and OLoRA are written as PEFT writes
-    them, to be subtracted again from the base when they are read; ``convert_to_lora`` first makes
-    them plain LoRA of twice the rank. The start of ``pissa_niter_N`` is drawn anew by whoever reads
-    it, so that one had better be converted.
+    them, to be subtracted again from the base when they are read, for linear layers, which are all
+    that PEFT takes them out of; ``convert_to_lora`` first makes them plain LoRA of twice the rank.
+    The start of ``pissa_niter_N`` is drawn anew by whoever reads it, so that one had better be
+    converted.
 
     An X-LoRA adapter is written with its experts as they are now, each as an adapter of its own in
     ``experts/<name>``. PEFT finds them by the absolute paths in the config; ``load_pretrained``

@@ -864,17 +864,17 @@ def test_what_peft_cannot_run(name, tmp_path):
         load_pretrained(directory, sites, names=NAMES)
 
 
-def check_foreign(adapter, sites, params, directory, match):
+def check_foreign(adapter, sites, params, directory, match, names=None):
     """Neither written for torch PEFT nor read as its file, but kept for peftjax alone."""
     with pytest.raises(ValueError, match=match):
-        save_pretrained(directory, adapter)
+        save_pretrained(directory, adapter, names=names)
     assert not directory.exists()
-    save_pretrained(directory, adapter, allow_foreign=True)
-    loaded = load_pretrained(directory, sites, params)
+    save_pretrained(directory, adapter, names=names, allow_foreign=True)
+    loaded = load_pretrained(directory, sites, params, names=names)
     chex.assert_trees_all_equal(loaded.params, adapter.params)
     pretrained.save_file(read(directory)[1], directory / TENSORS, {"format": "pt"})
     with pytest.raises(ValueError, match=match):
-        load_pretrained(directory, sites, params)
+        load_pretrained(directory, sites, params, names=names)
 
 
 TIED_HEADS = {
@@ -907,6 +907,76 @@ def test_the_halves_of_an_autoencoder_are_tied(tmp_path):
     config = LoraConfig(r=2, lora_alpha=5, target_modules=["e"])
     match = "e: it is used both ways round"
     check_foreign(drawn(config, sites), sites, params, tmp_path / "new", match)
+
+
+@pytest.mark.parametrize("module", ["embed", "conv2"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_out_of_the_weight_are_of_linear_layers(init, module, tmp_path):
+    """PEFT leaves a table as it is and starts anew, and refuses convolutions."""
+    params, _, sites = twin()
+    config = LoraConfig(
+        r=2, lora_alpha=5, init_lora_weights=init, target_modules=["mlp.up", module]
+    )
+    adapter = drawn(config, sites, params)
+    match = rf"net\.{module}: it is no linear layer, and .*'{init}'.* convert_to_lora"
+    check_foreign(adapter, sites, params, tmp_path / "new", match, NAMES)
+    plain = peftjax.convert_to_lora(adapter, 1.0, params)
+    directory = save_pretrained(tmp_path / "plain", plain, names=NAMES)
+    loaded = load_pretrained(directory, sites, names=NAMES)
+    near(merge(params, loaded), merge(params, adapter), 1e-5)
+
+
+def test_a_start_that_peft_has_not_for_convolutions_is_not_written(tmp_path):
+    _, _, sites = twin()
+    config = LoraConfig(
+        r=2, lora_alpha=5, init_lora_weights="orthogonal", target_modules=["mlp.up", "conv2"]
+    )
+    adapter = drawn(config, sites)
+    directory = save_pretrained(tmp_path / "new", adapter, names=NAMES)
+    assert read(directory)[0]["init_lora_weights"] is True
+    loaded = load_pretrained(directory, sites, names=NAMES)
+    chex.assert_trees_all_equal(loaded.params, adapter.params)
+    linear = drawn(dataclasses.replace(config, target_modules=["mlp.up"]), sites)
+    directory = save_pretrained(tmp_path / "linear", linear, names=NAMES)
+    assert read(directory)[0]["init_lora_weights"] == "orthogonal"
+
+
+def test_a_table_has_no_lora_bias_in_peft(tmp_path):
+    params = {"emb": {"embedding": normal(8, 6), "bias": normal(6, seed=1)}}
+
+    def apply_fn(params, ids):
+        return jnp.tanh(params["emb"]["embedding"][ids] + params["emb"]["bias"][None, None])
+
+    ids = jnp.array([[0, 5]])
+    sites = find_sites(apply_fn, params, ids)
+    config = LoraConfig(r=2, lora_alpha=5, lora_bias=True, target_modules=["emb"])
+    adapter = drawn(config, sites)
+    match = "emb: it is a table, for which torch PEFT has no `lora_bias`"
+    check_foreign(adapter, sites, params, tmp_path / "new", match)
+    save_pretrained(tmp_path / "new", adapter, allow_foreign=True)
+    loaded = load_pretrained(tmp_path / "new", sites)
+    near(*(adapt(apply_fn)(params, each, ids) for each in (loaded, adapter)))
+
+
+def test_arrays_without_a_place_in_a_file_are_refused(tmp_path):
+    _, _, sites = twin()
+    adapter = drawn(LoraConfig(r=2, lora_alpha=5, target_modules=["mlp.up"]), sites)
+    more = {**adapter.params["mlp.up"], "gain": jnp.ones(9)}
+    adapter = adapter.replace(params={"mlp.up": more})
+    with pytest.raises(ValueError, match=r"mlp\.up: .* no place for its 'gain' of shape \(9,\)"):
+        save_pretrained(tmp_path / "new", adapter, names=NAMES)
+    assert not (tmp_path / "new").exists()
+
+
+def test_olora_on_conv1d_of_transformers_is_foreign(tmp_path):
+    """PEFT takes its start out of the weight as it lies, which is the other way round there."""
+    params, _, sites = twin()
+    names = ModuleNames(NAMES.rules, fan_in_fan_out=["net.mlp.{name}"])
+    config = LoraConfig(r=2, lora_alpha=5, init_lora_weights="olora", target_modules=["mlp.up"])
+    match = r"net\.mlp\.up: it is transformers' Conv1D, .* transpose: convert_to_lora"
+    check_foreign(drawn(config, sites, params), sites, params, tmp_path / "new", match, names)
+    pissa = dataclasses.replace(config, init_lora_weights="pissa")
+    save_pretrained(tmp_path / "pissa", drawn(pissa, sites, params), names=names)
 
 
 @pytest.mark.parametrize(
