@@ -11,6 +11,7 @@ from jax import lax
 from models import mlp, mlp_params, normal, redraw, scanned, scanned_params
 
 from peftjax import LoraConfig, NoMatchingModuleError, adapt, find_sites, init_adapter, merge
+from peftjax.engine.views import Window
 
 KEY = jax.random.key(0)
 X = jax.ShapeDtypeStruct((4, 6), jnp.float32)
@@ -143,6 +144,43 @@ class TestHeads:
     def test_an_activation_ends_it(self):
         sites = find_sites(lambda p, x: jnp.tanh(x @ p["w"]), {"w": normal(6, 5)}, X)
         assert not sites["w"].is_head
+
+
+class TestWindows:
+    """How a convolution moves its kernel, which torch's modules and PEFT's methods tell apart."""
+
+    @pytest.mark.parametrize(
+        ("options", "window"),
+        [
+            ({}, ()),
+            ({"window_strides": (2, 2), "padding": "VALID"}, ()),
+            ({"padding": [(0, 1), (0, 1)]}, ()),
+            ({"rhs_dilation": (1, 2), "padding": "VALID"}, ("dilated",)),
+            ({"lhs_dilation": (2, 2), "padding": [(1, 1), (1, 1)]}, ("spread",)),
+            ({"window_strides": (1, 2), "padding": "VALID"}, ("uneven",)),
+            ({"padding": [(1, 1), (0, 0)]}, ("uneven",)),
+        ],
+        ids=str,
+    )
+    def test_of_a_convolution(self, options, window):
+        options = {"window_strides": (1, 1), "padding": "SAME"} | options
+
+        def apply_fn(params, x):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            return lax.conv_general_dilated(
+                x, params["kernel"], dimension_numbers=numbers, **options
+            )
+
+        site = find_sites(apply_fn, {"kernel": normal(3, 3, 2, 5)}, normal(1, 8, 8, 2))["kernel"]
+        assert site.window == Window(**dict.fromkeys(window, True))
+
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_of_a_transposed_one(self, turned):
+        def apply_fn(params, x):
+            return lax.conv_transpose(x, params["kernel"], (2, 2), "SAME", transpose_kernel=turned)
+
+        site = find_sites(apply_fn, {"kernel": normal(3, 3, 5, 5)}, normal(1, 4, 4, 5))["kernel"]
+        assert site.window.spread
 
 
 class TestTies:

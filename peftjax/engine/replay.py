@@ -218,7 +218,7 @@ def _seen(leaf: int, axes: Axes, usage: Sequence[Role], rule: Rule, eqn: compat.
     along = rule.taps(eqn.params)
     others = {label for axis, own in enumerate(axes) if axis not in along for label in own}
     taps = tuple(label for axis in along for label in axes[axis] if label not in others)
-    own = (taps, rule.groups(eqn.params), rule.dilated(eqn.params))
+    own = (taps, rule.groups(eqn.params), rule.window(eqn.params))
     return Seen(leaf, rule.kind, roles, *own)
 
 

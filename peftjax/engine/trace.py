@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from peftjax.engine.compat import Eqn
 from peftjax.engine.linear import merged
 from peftjax.engine.packed import dense
-from peftjax.engine.views import Kind, Result, Role, View
+from peftjax.engine.views import Kind, Result, Role, View, Window
 
 
 class FallbackError(ValueError):
@@ -28,7 +28,7 @@ class Seen:
       taps: of those axes, the ones along which the taps of a convolution's kernel lie, in the
         order of the image's axes.
       groups: feature groups of a convolution.
-      dilated: whether a convolution's taps lie apart.
+      window: how a convolution moves its kernel.
     """
 
     leaf: int
@@ -36,7 +36,7 @@ class Seen:
     roles: tuple[tuple[int, Role | None], ...]
     taps: tuple[int, ...]
     groups: int
-    dilated: bool
+    window: Window
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ of its adapters after the same steps.
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,23 @@ Kind = Literal["dense", "conv", "lookup"]
 Role = Literal["in", "out", "stack"]
 Axes = tuple[tuple[int, ...], ...]
 Dims = tuple[int | None, ...]
+
+
+class Window(NamedTuple):
+    """How a convolution moves its kernel over an image, as far as it is out of the ordinary.
+
+    Attributes:
+      dilated: whether the kernel's taps lie apart.
+      spread: whether the image's points do, which makes a transposed convolution.
+      uneven: whether steps or padding differ between the axes of the image.
+    """
+
+    dilated: bool = False
+    spread: bool = False
+    uneven: bool = False
+
+
+ORDINARY = Window()
 
 
 @jax.tree_util.register_dataclass

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from peftjax.engine.packed import dense
+from peftjax.interop.limits import unknown_layout
 from peftjax.interop.modules import leaf_tensors
 from peftjax.interop.names import ModuleNames
 from peftjax.sites import Sites
@@ -25,7 +26,8 @@ def base_state_dict(
       The tensors by torch's keys, for ``load_state_dict`` or ``safetensors.numpy.save_file``.
 
     Raises:
-      ValueError: an array has no torch name, or the params are not those of ``sites``.
+      ValueError: an array has no torch name, or is the kernel of a transposed convolution, which
+        torch keeps the other way round; or the params are not those of ``sites``.
 
     Example:
       >>> import jax.numpy as jnp, peftjax
@@ -48,6 +50,10 @@ def base_state_dict(
     for tensor in leaf_tensors(sites.leaves, sites.sites, names):
         if tensor.key in tensors:
             raise ValueError(f"two arrays have the torch name {tensor.key!r}: change names=")
+        if reason := unknown_layout(tensor.leaf):
+            raise ValueError(
+                f"{tensor.module} {reason}: pass params without it, and the sites that are left"
+            )
         laid = tensor.there(np.asarray(dense(arrays[tensor.leaf.path])))
         tensors[tensor.key] = np.array(laid, order="C")  # even a scalar, unlike ascontiguousarray
     return tensors

@@ -10,7 +10,7 @@ import numpy as np
 from peftjax.adapter import Adapter
 from peftjax.interop.configs import config_to
 from peftjax.interop.layouts import layouts
-from peftjax.interop.limits import unsupported
+from peftjax.interop.limits import unknown_layout, unsupported
 from peftjax.interop.modules import known_sites, leaf_tensors
 from peftjax.interop.names import ModuleNames
 from peftjax.methods import AdaLoraConfig, HRAConfig
@@ -60,6 +60,8 @@ def export(
             tensors[key] = np.ascontiguousarray(laid[name].there(array, single.spec))
     for tensor in leaf_tensors(adapter.saved, known_sites(adapter), names):
         leaf = tensor.leaf
+        if reason := unknown_layout(leaf):
+            foreign[tensor.module] = reason
         whole = np.asarray(adapter.params[leaf.module][leaf.leaf_name])
         key = tensor.key_among(singles)
         if PREFIX + key in tensors:

@@ -16,7 +16,7 @@ from peftjax.factors import Weight, WeightSpec
 from peftjax.interop.configs import config_here, under_torch_name
 from peftjax.interop.exporting import PREFIX
 from peftjax.interop.layouts import Layout, layouts
-from peftjax.interop.limits import unsupported
+from peftjax.interop.limits import unknown_layout, unsupported
 from peftjax.interop.modules import LeafTensor, Module, leaf_tensors, nearest, torch_modules
 from peftjax.interop.names import ModuleNames
 from peftjax.interop.stored import Stored, misfits, refuse, two_halves
@@ -89,6 +89,12 @@ def read_adapter(
             model.tensors, sites, here, selected, saved, chosen, found, params
         )
         problems += wrong
+        if not foreign:
+            problems += [
+                f"{own[0].module}: it {reason}"
+                for leaf, own in tensors.items()
+                if (reason := unknown_layout(leaf))
+            ]
     what = f"this {type(config).__name__.removesuffix('Config')} adapter does not fit the model"
     refuse(what, problems, "load it for the model it was made for, or mend names=")
 

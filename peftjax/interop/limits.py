@@ -14,7 +14,7 @@ from peftjax.methods import (
     LoraConfig,
     XLoraConfig,
 )
-from peftjax.sites import Site
+from peftjax.sites import Leaf, Site
 
 
 class _Case(NamedTuple):
@@ -49,10 +49,24 @@ def unsupported(config: AdapterConfig, site: Site, spec: WeightSpec, inputs_firs
     """
     case = _Case(config, site, spec, inputs_first)
     method = type(config).__name__.removesuffix("Config")
-    for reason, holds in (_TIED, *_LIMITS[type(config)]):
+    for reason, holds in (_TIED, _SPREAD, *_LIMITS[type(config)]):
         if holds(case):
             return reason.format(method=method, config=config)
     return ""
+
+
+def unknown_layout(leaf: Leaf) -> str:
+    """Why nobody can tell how torch lays out a whole array; empty if it is known.
+
+    Torch turns the kernel of a transposed convolution round, and JAX may have it either way.
+    """
+    site = leaf.site
+    if site is None or site.path != leaf.path or not site.window.spread:
+        return ""
+    return (
+        f"is a transposed convolution, whose kernel ({leaf.path}, of shape {leaf.shape}) torch "
+        f"keeps the other way round"
+    )
 
 
 def _refused(what: str) -> str:
@@ -72,9 +86,18 @@ _GROUPED = Limit(_refused("a grouped convolution"), lambda case: case.spec.group
 _NOT_SQUARE = Limit(
     _refused("a kernel that is not square"), lambda case: len(set(taps_of(case.spec))) > 1
 )
+_SPREAD = Limit(
+    _refused("a transposed convolution"),
+    lambda case: case.site.window.spread,
+)
+_UNEVEN = Limit(
+    "is a convolution of steps or padding that differ between its axes, of which torch PEFT's "
+    "{method} takes the first alone",
+    lambda case: case.site.window.uneven,
+)
 _DILATED = Limit(
     "is a dilated convolution, whose dilation torch PEFT's {method} forgets",
-    lambda case: case.site.dilated,
+    lambda case: case.site.window.dilated,
 )
 _MIXED_GROUPS = Limit(
     "is a grouped convolution, where A of torch PEFT's {method} sees the channels of all groups, "
@@ -102,9 +125,9 @@ _CONVOLUTION = Limit(
 
 _LIMITS: dict[type, tuple[Limit, ...]] = {
     LoraConfig: (_MIXED_GROUPS, _DILATED, _STARTED, _OLORA_CONV1D, _TABLE_BIAS),
-    AdaLoraConfig: (_TABLE, _ONE_AXIS, _THREE_AXES),
+    AdaLoraConfig: (_TABLE, _ONE_AXIS, _THREE_AXES, _GROUPED),
     LoHaConfig: (_TABLE, _CONV1D, _THREE_AXES),
-    HRAConfig: (_TABLE, _CONV1D, _ONE_AXIS, _THREE_AXES, _GROUPED, _DILATED, _NOT_SQUARE),
+    HRAConfig: (_TABLE, _CONV1D, _ONE_AXIS, _THREE_AXES, _GROUPED, _DILATED, _NOT_SQUARE, _UNEVEN),
     IA3Config: (_TABLE, _ONE_AXIS),
     XLoraConfig: (_CONVOLUTION,),
 }

@@ -303,6 +303,16 @@ def test_base_state_dict_keeps_inputs_first_where_torch_does():
     )
 
 
+def test_base_state_dict_refuses_transposed_convolutions():
+    def apply_fn(params, x):
+        return jax.lax.conv_transpose(x, params["up"]["kernel"], (2,), "SAME")
+
+    params = {"up": {"kernel": normal(3, 4, 4)}}
+    sites = find_sites(apply_fn, params, jnp.ones((2, 5, 4)))
+    with pytest.raises(ValueError, match=r"up is a transposed convolution.*\(3, 4, 4\)"):
+        base_state_dict(params, sites)
+
+
 def test_base_state_dict_refuses_other_params():
     params, _, sites = twin()
     rest = {name: own for name, own in params.items() if name != "norm"}

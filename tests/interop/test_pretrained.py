@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from jax import lax
 from models import near, normal, scanned, scanned_params
 from naive import drawn
 from safetensors import safe_open
@@ -55,8 +56,8 @@ LAYERS = ("layers.up", "layers.down", "moe.wi", "moe.wo")
 LORA = (*DENSE, *LAYERS, "conv1", "conv2", "wide", "point", "conv3", "embed")
 LOHA = (*DENSE, *LAYERS, "conv1", "conv2", "wide", "point", "grouped", "dilated")
 HRA = (*DENSE, *LAYERS, "conv2", "point")
-ADALORA = (*DENSE, *LAYERS, "conv2", "wide", "point", "grouped", "dilated")
-IA3 = (*ADALORA, "conv3")
+ADALORA = (*DENSE, *LAYERS, "conv2", "wide", "point", "dilated")
+IA3 = (*ADALORA, "grouped", "conv3")
 SOME = ("mlp.up", "query", "conv2", "layers.1.up", "layers.3.up", "moe.1.wi")
 RANKS = {"layers.1.up": 4, "layers.3.up": 1, "moe.1.wi": 2, "conv2": 5}
 INNER = ("mlp.down", "attn.wo", "layers.up", "moe.wo", "conv2", "conv3")
@@ -824,6 +825,7 @@ FOREIGN = {
     "adalora_table": (AdaLoraConfig(init_r=3, target_r=2, target_modules=["embed"]), "a table"),
     "adalora_line": (AdaLoraConfig(init_r=3, target_r=2, target_modules=["conv1"]), "one axis"),
     "adalora_space": (AdaLoraConfig(init_r=3, target_r=2, target_modules=["conv3"]), "three axes"),
+    "adalora_groups": (AdaLoraConfig(init_r=3, target_r=2, target_modules=["grouped"]), "grouped"),
     "loha_table": (LoHaConfig(r=2, alpha=5, target_modules=["embed"]), "a table"),
     "loha_space": (
         LoHaConfig(r=2, alpha=5, use_effective_conv2d=True, target_modules=["conv3"]),
@@ -875,6 +877,62 @@ def check_foreign(adapter, sites, params, directory, match, names=None):
     pretrained.save_file(read(directory)[1], directory / TENSORS, {"format": "pt"})
     with pytest.raises(ValueError, match=match):
         load_pretrained(directory, sites, params, names=names)
+
+
+def upsampled(params, x):
+    x = lax.conv_general_dilated(
+        x,
+        params["up"]["kernel"],
+        (1, 1),
+        ((2, 2), (2, 2)),
+        lhs_dilation=(2, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return (x + params["up"]["bias"][None, None, None]) @ params["out"]["kernel"]
+
+
+def upsampling():
+    up = {"kernel": normal(3, 3, 4, 4, seed=2), "bias": normal(4, seed=3)}
+    params = {"up": up, "out": {"kernel": normal(4, 5)}}
+    return params, find_sites(upsampled, params, jnp.ones((2, 5, 5, 4)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, lora_alpha=5, target_modules=["up"]),
+        LoHaConfig(r=2, alpha=5, target_modules=["up"]),
+        LoraConfig(r=2, lora_alpha=5, target_modules=["out"], modules_to_save=["up"]),
+    ],
+    ids=["lora", "loha", "saved"],
+)
+def test_a_transposed_convolution_is_foreign(config, tmp_path):
+    params, sites = upsampling()
+    match = "up: it is a transposed convolution, "
+    check_foreign(drawn(config, sites, params), sites, params, tmp_path / "new", match)
+
+
+def test_the_bias_of_a_transposed_convolution_is_saved(tmp_path):
+    params, sites = upsampling()
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["out"], bias="all")
+    adapter = drawn(config, sites, params)
+    loaded = load_pretrained(save_pretrained(tmp_path, adapter), sites)
+    chex.assert_trees_all_equal(loaded.params, adapter.params)
+
+
+@pytest.mark.parametrize("options", [{"window_strides": (1, 2)}, {"padding": ((1, 1), (0, 0))}])
+def test_hra_of_uneven_steps_is_foreign(options, tmp_path):
+    def convolved(params, x):
+        usual = {"window_strides": (1, 1), "padding": "VALID"}
+        numbers = ("NHWC", "HWIO", "NHWC")
+        kernel = params["c"]["kernel"]
+        return lax.conv_general_dilated(x, kernel, **usual | options, dimension_numbers=numbers)
+
+    params = {"c": {"kernel": normal(3, 3, 4, 6)}}
+    sites = find_sites(convolved, params, jnp.ones((2, 6, 6, 4)))
+    adapter = drawn(HRAConfig(r=2, target_modules=["c"]), sites)
+    match = "c: it is a convolution of steps or padding that differ"
+    check_foreign(adapter, sites, params, tmp_path / "new", match)
 
 
 TIED_HEADS = {

@@ -91,6 +91,24 @@ def test_starts_that_leave_no_trace(make, init, tmp_path):
     check_export(twins, drawn(config, twins.sites), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": 2, "padding": 1}, {"kernel_size": 1}, {"stride": (1, 2)}, {"padding": (1, 0)}],
+    ids=str,
+)
+def test_hra_on_convolutions(options, tmp_path):
+    """PEFT takes the first step and the first padding for those of all axes."""
+    twins = of_conv(**options)
+    adapter = drawn(peftjax.HRAConfig(r=2, target_modules=["m"]), twins.sites)
+    if not twins.sites["m"].window.uneven:
+        check_export(twins, adapter, tmp_path)
+        return
+    peftjax.save_pretrained(tmp_path, adapter, allow_foreign=True)
+    model = peft.PeftModel.from_pretrained(twins.model, tmp_path).eval()
+    wanted = peftjax.adapt(twins.apply_fn)(twins.params, adapter, twins.x)
+    assert there(twins, model).shape != wanted.shape
+
+
 def test_a_start_that_peft_ignores_for_a_table(tmp_path):
     """Which is why such a file is refused, and not read with a start that PEFT did not take."""
     twins = of_table()

@@ -8,7 +8,7 @@ import jax
 
 from peftjax.engine.linear import Linear
 from peftjax.engine.rules import conv, dot, lookup, ragged
-from peftjax.engine.views import Kind, Role, View
+from peftjax.engine.views import ORDINARY, Kind, Role, View, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Rule:
         the factors cannot be applied.
       taps: the axes of the weight along which a kernel's taps lie, from the parameters.
       groups: the feature groups of the use, from the parameters.
-      dilated: whether a kernel's taps lie apart, from the parameters.
+      window: how a kernel moves over an image, from the parameters.
       tapped: from the parameters, the weight's position and the operands: what the weight is
         applied to, in the layout of the result, and which axis its features are.
     """
@@ -36,7 +36,7 @@ class Rule:
     ]
     taps: Callable[[dict[str, Any]], tuple[int, ...]] = lambda params: ()
     groups: Callable[[dict[str, Any]], int] = lambda params: 1
-    dilated: Callable[[dict[str, Any]], bool] = lambda params: False
+    window: Callable[[dict[str, Any]], Window] = lambda params: ORDINARY
     tapped: Callable[[dict[str, Any], int, list[jax.Array]], tuple[jax.Array, int] | None] = (
         lambda params, position, operands: None
     )
@@ -50,7 +50,7 @@ RULES: dict[str, Rule] = {
         conv.linear,
         taps=lambda params: tuple(params["dimension_numbers"].rhs_spec[2:]),
         groups=lambda params: params["feature_group_count"],
-        dilated=lambda params: any(step != 1 for step in params["rhs_dilation"]),
+        window=conv.window,
     ),
     "gather": Rule("lookup", lookup.usage, lookup.linear),
     "ragged_dot_general": Rule("dense", ragged.usage, ragged.linear),

@@ -9,7 +9,7 @@ from jax import lax
 from peftjax.engine.linear import Linear, along
 from peftjax.engine.packed import dense
 from peftjax.engine.routes import Route, gated
-from peftjax.engine.views import Role, View, layout
+from peftjax.engine.views import Role, View, Window, layout
 
 
 def usage(params: dict[str, Any], position: int, shape: tuple[int, ...]) -> tuple[Role, ...] | str:
@@ -20,6 +20,15 @@ def usage(params: dict[str, Any], position: int, shape: tuple[int, ...]) -> tupl
         return "the convolution groups its batch"
     out_axis = params["dimension_numbers"].rhs_spec[0]
     return tuple("out" if axis == out_axis else "in" for axis in range(len(shape)))
+
+
+def window(params: dict[str, Any]) -> Window:
+    """How a convolution moves its kernel over its image."""
+    return Window(
+        dilated=any(step != 1 for step in params["rhs_dilation"]),
+        spread=any(step != 1 for step in params["lhs_dilation"]),
+        uneven=any(len(set(params[name])) > 1 for name in ("window_strides", "padding")),
+    )
 
 
 def linear(
