@@ -85,7 +85,8 @@ def _as_in_torch(adapter: Adapter) -> dict[Part, Single]:
 def _one_chain(config: HRAConfig, singles: Mapping[Part, Single]) -> dict[Part, Single]:
     """Plain chains of one length, which is all that PEFT has.
 
-    A pair of equal reflections is none, so the shorter chains are continued with such pairs.
+    A pair of equal reflections is none, so the shorter chains are continued with such pairs; and so
+    are padded ones, whose columns of zeros reflect nothing here and give PEFT NaN.
     """
     longest = max(single.params["hra_u"].shape[-1] for single in singles.values())
     chains = {}
@@ -93,12 +94,13 @@ def _one_chain(config: HRAConfig, singles: Mapping[Part, Single]) -> dict[Part, 
         u = single.params["hra_u"]
         if config.apply_GS:
             u = np.asarray(reflections(config, {"hra_u": jnp.asarray(u)}, {})).astype(u.dtype)
+        u = u[..., (u != 0).any(axis=tuple(range(u.ndim - 1)))]
         short = longest - u.shape[-1]
         if short % 2:
             raise ValueError(
                 f"{part[0]}: PEFT's HRA has one number of reflections for all modules, and "
                 f"{u.shape[-1]} cannot become {longest}, which pairs that cancel do not lead to: "
-                f"let all ranks be even, or all odd"
+                f"let all ranks, those that are padded too, be even, or all odd"
             )
         pairs = np.zeros((*u.shape[:-1], short), u.dtype)
         pairs[(0,) * (u.ndim - 1)] = 1
