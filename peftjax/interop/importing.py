@@ -82,9 +82,9 @@ def read_adapter(
     if chosen:
         saved = [t for t in model.tensors if is_saved(config, t)]
         here = config_here(config, chosen.values(), saved)
-        shapes, wrong = _expected(config, here, chosen, found)
-        problems += wrong
         selected = sites.only(_selected(chosen.values()))
+        shapes, wrong = _expected(config, here, selected, chosen, found)
+        problems += wrong
         tensors, wrong = find_whole(
             model.tensors, sites, here, selected, saved, chosen, found, params
         )
@@ -109,7 +109,7 @@ def read_adapter(
             tensor = _orthonormal(slot.module.name, tensor)
         arrays.setdefault(slot.module.part, {})[slot.name] = tensor
     whole = {leaf: filled(leaf, own, found, base) for leaf, own in tensors.items()}
-    scaling = _scales(config, here, chosen.values())
+    scaling = _scales(config, here, selected, chosen.values())
     return restack(here, selected, arrays, scaling=scaling, saved=whole, leaves=base)
 
 
@@ -229,6 +229,7 @@ def _selected(chosen: Iterable[Module]) -> tuple[Site, ...]:
 def _expected(
     config: AdapterConfig,
     here: AdapterConfig,
+    selected: Sites,
     chosen: Mapping[str, Module],
     found: Mapping[str, Stored],
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -237,6 +238,7 @@ def _expected(
     Args:
       config: the config under torch's names.
       here: the config under ours.
+      selected: the sites that are adapted, with the layers that are.
       chosen: the torch modules that are adapted.
       found: the tensors.
     """
@@ -247,7 +249,7 @@ def _expected(
     problems = []
     for module in chosen.values():
         try:
-            settings = _settings(config, here, module)
+            settings = _settings(config, here, selected, module)
             # Nothing as large as a mistaken rank is ever made.
             rank = getattr(settings, "rank", settings)
             if rank > largest and not isinstance(rank, bool):
@@ -298,22 +300,23 @@ def _laid_shape(
     return jax.eval_shape(lambda array: layout.there(array, spec), array).shape
 
 
-def _settings(config: AdapterConfig, here: AdapterConfig, module: Module) -> Any:
+def _settings(config: AdapterConfig, here: AdapterConfig, selected: Sites, module: Module) -> Any:
     """What a method is told about one torch module, the experts of a layer told apart."""
     if not isinstance(config, IA3Config):
         return config.method.settings(config, under_torch_name(module), None)
     # PEFT's own rule for its feedforward modules is followed where the config is made ours.
-    return here.method.settings(here, module.site, module.index[0] if module.index else None)
+    site = selected[module.site.name]
+    return here.method.settings(here, site, module.index[0] if module.index else None)
 
 
 def _scales(
-    config: AdapterConfig, here: AdapterConfig, chosen: Iterable[Module]
+    config: AdapterConfig, here: AdapterConfig, selected: Sites, chosen: Iterable[Module]
 ) -> dict[Part, float] | None:
     """The scales of all modules, where experts of one layer may differ; None without experts."""
     chosen = list(chosen)
     if not isinstance(config, LoraConfig | LoHaConfig) or all(len(m.index) < 2 for m in chosen):
         return None
-    return {module.part: _settings(config, here, module).scaling for module in chosen}
+    return {module.part: _settings(config, here, selected, module).scaling for module in chosen}
 
 
 def _orthonormal(name: str, u: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import types
 import warnings
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -107,6 +108,70 @@ def test_hra_on_convolutions(options, tmp_path):
     model = peft.PeftModel.from_pretrained(twins.model, tmp_path).eval()
     wanted = peftjax.adapt(twins.apply_fn)(twins.params, adapter, twins.x)
     assert there(twins, model).shape != wanted.shape
+
+
+@pytest.mark.parametrize("gs", [False, True])
+@pytest.mark.parametrize("make", [of_linear, of_conv])
+def test_padded_chains_of_hra(make, gs, tmp_path):
+    """A column of zeros is no reflection here, and NaN in PEFT."""
+    twins = make()
+    config = peftjax.HRAConfig(r=2, apply_GS=gs, target_modules=["m"])
+    padded = peftjax.pad_ranks(drawn(config, twins.sites), 4)
+    check_export(twins, padded, tmp_path)
+    assert peftjax.load_pretrained(tmp_path, twins.sites).config.r == 4
+
+
+def test_a_chain_with_one_empty_place_is_refused(tmp_path):
+    twins = of_linear()
+    padded = peftjax.pad_ranks(drawn(peftjax.HRAConfig(r=2, target_modules=["m"]), twins.sites), 3)
+    with pytest.raises(ValueError, match=r"m: .* 2 cannot become 3, .* padded too, be even"):
+        peftjax.save_pretrained(tmp_path / "new", padded)
+    assert not (tmp_path / "new").exists()
+
+
+def of_stack():
+    """Three linear layers that JAX scans."""
+
+    def apply_fn(params, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"]["q"]["kernel"])[0]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(
+                nn.ModuleDict({"q": nn.Linear(4, 4, bias=False)}) for _ in range(3)
+            )
+            for layer, weight in zip(self.layers, kernel, strict=True):
+                layer["q"].weight.data = torch.tensor(np.array(weight.T))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.tanh(layer["q"](x))
+            return x
+
+    kernel, x = normal(3, 4, 4), normal(2, 4, std=1)
+    params = {"layers": {"q": {"kernel": kernel}}}
+    names = peftjax.ModuleNames((("layers.{name}", "layers.{i}.{name}"),))
+    sites = peftjax.find_sites(apply_fn, params, x)
+    return types.SimpleNamespace(**locals(), model=Model())
+
+
+def test_ia3_on_the_inputs_of_some_layers(tmp_path):
+    twins = of_stack()
+    config = peft.IA3Config(target_modules=["layers.2.q"], feedforward_modules=["layers.2.q"])
+    model = peft.get_peft_model(twins.model, config)
+    model.base_model.model.layers[2]["q"].ia3_l["default"].data = torch.tensor([[2.0, 0.5, -1, 3]])
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = peftjax.load_pretrained(tmp_path / "theirs", twins.sites, names=twins.names)
+    got = peftjax.adapt(twins.apply_fn)(twins.params, adapter, twins.x)
+    np.testing.assert_allclose(got, there(twins, model), rtol=0, atol=2e-5)
+    assert adapter.sites["layers.q"].layers == (2,)
+
+    peftjax.save_pretrained(tmp_path / "ours", adapter, names=twins.names)
+    again = peft.PeftModel.from_pretrained(of_stack().model, tmp_path / "ours").eval()
+    np.testing.assert_allclose(there(twins, again), got, rtol=0, atol=2e-5)
+    own = peftjax.load_pretrained(tmp_path / "ours", twins.sites, names=twins.names)
+    chex.assert_trees_all_equal(own.params, adapter.params)
 
 
 def test_a_start_that_peft_ignores_for_a_table(tmp_path):
