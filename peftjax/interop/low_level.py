@@ -109,7 +109,8 @@ def set_peft_model_state_dict(
 
     Args:
       adapter: an adapter of the same config for the same model.
-      state_dict: the tensors by key, with or without ``base_model.model.`` in front.
+      state_dict: the tensors by key, with or without ``base_model.model.`` in front: arrays of
+        NumPy or JAX, or what torch's ``get_peft_model_state_dict`` returns.
       names: the rules between the model's names and torch's; None if they are the same.
       strict: raise for tensors that the state dict lacks; otherwise the adapter keeps its own.
 
@@ -128,7 +129,7 @@ def set_peft_model_state_dict(
     config = adapter.config
     if isinstance(config, XLoraConfig):
         _check_frozen(config)
-        classifier = {key: np.asarray(value) for key, value in state_dict.items()}
+        classifier = {key: _in_host(value) for key, value in state_dict.items()}
         there = classifier_tensors(adapter, names)
         _check(classifier, {key: tensor.shape for key, tensor in there.items()}, strict)
         return with_classifier(adapter, names, classifier)
@@ -137,7 +138,7 @@ def set_peft_model_state_dict(
             "PEFT's HRA has neither orthonormal halves nor ranks of single modules, so this "
             "adapter's state dict is not its arrays: use save_pretrained and load_pretrained"
         )
-    given = {key: np.asarray(value) for key, value in without_prefix(state_dict).items()}
+    given = {key: _in_host(value) for key, value in without_prefix(state_dict).items()}
     singles = unstack(adapter)
     slots = [
         (f"{names.to_torch(*part)}.{layout.suffix}", part, name, layout)
@@ -166,6 +167,15 @@ def set_peft_model_state_dict(
         if key in given:
             tensor.put(whole[tensor.leaf], given[key])
     return refill(adapter, params, whole)
+
+
+def _in_host(value: Any) -> np.ndarray:
+    """An array in host memory, out of a tensor of torch's too, which is not imported for that."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        # NumPy has no bfloat16 of its own, and float32 holds all its values.
+        value = value.float() if value.is_floating_point() and value.itemsize < 4 else value
+    return np.asarray(value)
 
 
 def _check_frozen(config: XLoraConfig) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import mlp, mlp_params, normal, scanned, scanned_params
+from models import mlp, mlp_params, near, normal, scanned, scanned_params
 from naive import drawn
 from safetensors.numpy import load_file
 from twins import NAMES, by_module, torch_weights, twin
@@ -27,6 +27,7 @@ from peftjax import (
     init_adapter,
     inject_adapter_in_model,
     merge,
+    pad_ranks,
     save_pretrained,
     set_peft_model_state_dict,
 )
@@ -229,6 +230,30 @@ def test_arrays_of_jax_and_lists_are_taken():
     given[f"{P}net.mlp.up.ia3_l"] = given[f"{P}net.mlp.up.ia3_l"].tolist()
     got = set_peft_model_state_dict(adapter, given, NAMES)
     chex.assert_trees_all_equal(arrays(got), arrays(other))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_tensors_of_torch_are_taken(trained, dtype):
+    torch = pytest.importorskip("torch")
+    adapter, other = both("lora")
+    given = {
+        key: torch.nn.Parameter(torch.tensor(array).to(getattr(torch, dtype)), trained)
+        for key, array in get_peft_model_state_dict(other, NAMES).items()
+    }
+    if not trained:
+        given = {key: tensor.data for key, tensor in given.items()}
+    got = set_peft_model_state_dict(adapter, given, NAMES)
+    rounded = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), other)
+    chex.assert_trees_all_equal(arrays(got), arrays(rounded))
+
+
+def test_a_padded_chain_comes_back():
+    params, _, sites = twin()
+    adapter = pad_ranks(drawn(HRAConfig(r=2, target_modules=["mlp.up"]), sites, std=0.3), 4)
+    state = get_peft_model_state_dict(adapter, NAMES)
+    got = set_peft_model_state_dict(adapter, state, NAMES)
+    near(merge(params, got), merge(params, adapter), 1e-5)
 
 
 @pytest.mark.parametrize("field", [{"apply_GS": True}, {"rank_pattern": {"query": 2}}])
