@@ -201,8 +201,11 @@ def orthogonality(adapter: Adapter) -> Float[Array, ""]:
 
     def norms(params: Arrays, buffers: Arrays) -> Array:
         a, b = params["lora_A"], params["lora_B"]
-        mask = buffers.get("rank_mask", jnp.ones(b.shape[0], b.dtype))
-        outs = tuple(range(1, b.ndim))
+        ins, outs = tuple(range(a.ndim - 1)), tuple(range(1, b.ndim))
+        # A triplet of zeros alone is one that pad_ranks has put there.
+        mask = jnp.any(a != 0, axis=ins) | jnp.any(b != 0, axis=outs)
+        if "rank_mask" in buffers:
+            mask &= buffers["rank_mask"] > 0
         grams = (gram(a, a), dot(b, b, ((outs, outs), ((), ()))))
         both = (mask[:, None] * mask[None]).astype(grams[0].dtype)
         first, second = (

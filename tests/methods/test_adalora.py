@@ -18,6 +18,7 @@ from peftjax import (
     init_adapter,
     merge,
     orthogonality,
+    pad_ranks,
     unmerge,
 )
 
@@ -237,6 +238,24 @@ def test_orthogonality_is_the_formula(weight, pattern):
     chex.assert_shape(got, ())
     assert got.dtype == jnp.float64
     np.testing.assert_allclose(got, penalty_of(adapter), rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("pattern", [None, UNEQUAL], ids=["whole", "pruned"])
+def test_orthogonality_of_a_padded_adapter(pattern):
+    """What pad_ranks adds costs nothing and has no gradient."""
+    adapter = regularised(pattern=pattern)
+    padded = pad_ranks(adapter, RANK + 2)
+
+    @jax.jit
+    @jax.value_and_grad
+    def penalty(trainable):
+        return orthogonality(padded.replace(params=trainable))
+
+    cost, slope = penalty(padded.params)
+    np.testing.assert_allclose(cost, orthogonality(adapter), rtol=1e-12)
+    for name, own in slope.items():
+        np.testing.assert_array_equal(own["lora_B"] == 0, padded.params[name]["lora_B"] == 0)
 
 
 @pytest.mark.usefixtures("x64")
