@@ -79,8 +79,7 @@ def shard_map(f: Callable, params: dict, in_specs: tuple) -> Callable:
 
 def explicit_spec(x: Any) -> PartitionSpec | None:
     """The partition spec in a type or the type of a value; None without Explicit mesh axes."""
-    kind = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
-    sharding = getattr(kind, "sharding", None)
+    sharding = _sharding(x)
     if not isinstance(sharding, NamedSharding):
         return None
     if AxisType.Explicit not in sharding.mesh.axis_types:
@@ -88,12 +87,17 @@ def explicit_spec(x: Any) -> PartitionSpec | None:
     return PartitionSpec(*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
 
 
+def explicit_sharding(like: Any, spec: Iterable[Any] | None) -> NamedSharding | None:
+    """A spec on the mesh of ``like``, which need not be set; None without a spec."""
+    return None if spec is None else NamedSharding(mesh_of(like), PartitionSpec(*spec))
+
+
 def replicate(x: jax.Array) -> jax.Array:
     """``x`` with every Explicit mesh axis taken off its type."""
     spec = explicit_spec(x)
     if spec is None or all(part is None for part in spec):
         return x
-    return jax.reshard(x, PartitionSpec(*[None] * x.ndim))
+    return jax.reshard(x, explicit_sharding(x, [None] * x.ndim))
 
 
 def place_like(x: jax.Array, spec: PartitionSpec | None, other: jax.Array) -> jax.Array:
@@ -105,8 +109,13 @@ def place_like(x: jax.Array, spec: PartitionSpec | None, other: jax.Array) -> ja
 
 
 def mesh_of(x: Any) -> Any:
-    """The mesh in the type of ``x``; None where its type has none."""
-    return getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    """The mesh in a type or the type of a value; None where it has none."""
+    return getattr(_sharding(x), "mesh", None)
+
+
+def _sharding(x: Any) -> Any:
+    kind = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    return getattr(kind, "sharding", None)
 
 
 def on_mesh(x: Any) -> bool:
@@ -128,11 +137,16 @@ def automatic(function: Callable, like: jax.Array, specs: Callable[[Any], Any]) 
 
     def call(*args: Any) -> Any:
         def inside(out: Any) -> Callable:
-            return jax.sharding.auto_axes(function, axes=axes, out_sharding=out)
+            own = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out, is_leaf=_is_spec)
+            return jax.sharding.auto_axes(function, axes=axes, out_sharding=own)
 
         return inside(specs(jax.eval_shape(inside(PartitionSpec()), *args)))(*args)
 
     return call
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
 
 
 def varying_axes(x: Any) -> tuple[str, ...]:

@@ -223,14 +223,15 @@ def grouped_axis(view: View, scale: jax.Array) -> int | None:
 def _change(a: jax.Array, b: jax.Array, view: View, dtype: jnp.dtype) -> jax.Array:
     """A B in the layout of the view, every axis of which has a role."""
     stack = list(range(len(view.dims("stack"))))
-    spec = compat.explicit_spec(packed.like(view.base))
+    where = packed.like(view.base)
+    spec = compat.explicit_spec(where)
     order = [*view.dims("stack"), *view.dims("in"), *view.dims("out")]
     change = lax.dot_general(
         a.astype(dtype),
         b.astype(dtype),
         (([a.ndim - 1], [len(stack)]), (stack, stack)),
         precision=lax.Precision.HIGHEST,
-        out_sharding=spec and PartitionSpec(*[spec[axis] for axis in order]),
+        out_sharding=compat.explicit_sharding(where, spec and [spec[axis] for axis in order]),
     )
     return jnp.transpose(change, _from_method(view))
 

@@ -137,8 +137,8 @@ def _blockwise(operation: Callable[[Array, Array], Array], values: Array, part: 
 
 def _reshaped(array: Array, shape: Sequence[int], spec: Sequence[Any]) -> Array:
     """An array reshaped, its axes split as said where the mesh has Explicit axes."""
-    own = None if compat.explicit_spec(array) is None else PartitionSpec(*spec)
-    return jnp.reshape(array, tuple(shape), out_sharding=own)
+    own = None if compat.explicit_spec(array) is None else spec
+    return jnp.reshape(array, tuple(shape), out_sharding=compat.explicit_sharding(array, own))
 
 
 def spread_along(base: Base, axes: Sequence[int]) -> Base:

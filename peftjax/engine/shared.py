@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from peftjax.engine import compat
 from peftjax.engine.linear import orient, placed
@@ -88,7 +87,7 @@ class Shared:
             x,
             jnp.concatenate(every, axis=-1),
             ((contract_x, tuple(range(len(contract_x)))), ((), ())),
-            out_sharding=spec and PartitionSpec(*[spec[axis] for axis in free], None),
+            out_sharding=compat.explicit_sharding(x, spec and [*(spec[a] for a in free), None]),
             **dot.product_options(eqn.params, x.dtype),
         )
         ranks = [first.shape[-1] for first in every]

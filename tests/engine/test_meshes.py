@@ -1,5 +1,6 @@
 """Explicit and Auto meshes, through lookups, scan and remat, and shard_map."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -38,11 +39,12 @@ SPECS = {
 IDS = jnp.arange(20, dtype=jnp.int32).reshape(4, 5) % 16
 
 
-def transformer(explicit):
-    placed = {"out_sharding": P("data", None, None)} if explicit else {}
+def transformer(explicit_mesh=None):
+    where = explicit_mesh and NamedSharding(explicit_mesh, P("data", None, None))
+    placed = {"out_sharding": where} if where else {}
 
     def apply_fn(params, ids):
-        x = params["embed"].at[ids].get(**placed) if explicit else params["embed"][ids]
+        x = params["embed"].at[ids].get(**placed) if where else params["embed"][ids]
 
         def layer(x, own):
             h = jnp.tanh(jnp.einsum("bsd,dhk->bshk", x, own["q"]))
@@ -73,17 +75,19 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape", "method"),
+    ("kind", "shape", "method", "is_set"),
     [
-        (AxisType.Auto, (2, 2), "everything"),
-        (AxisType.Explicit, (4, 1), "lora"),
-        (AxisType.Explicit, (1, 2), "lora"),
-        *((AxisType.Explicit, (2, 2), method) for method in CONFIGS),
+        (AxisType.Auto, (2, 2), "everything", True),
+        (AxisType.Explicit, (4, 1), "lora", True),
+        (AxisType.Explicit, (1, 2), "lora", True),
+        *((AxisType.Explicit, (2, 2), method, True) for method in CONFIGS),
+        *((AxisType.Explicit, (2, 2), method, False) for method in ("everything", "dora", "hra")),
     ],
 )
-def test_sharded_equals_single_device(kind, shape, method):
+def test_sharded_equals_single_device(kind, shape, method, is_set):
+    """On a mesh that is set, or that the arrays alone know of."""
     config = dataclasses.replace(CONFIGS[method], target_modules=lambda site: True)
-    single = transformer(explicit=False)
+    single = transformer()
     sites = find_sites(single, PARAMS, IDS)
     adapter = init_adapter(KEY, config, sites, PARAMS)
     adapter = adapter.replace(params=redraw(adapter.params))
@@ -98,8 +102,8 @@ def test_sharded_equals_single_device(kind, shape, method):
         lambda p, a, ids: single(merge(p, a), ids), PARAMS, IDS
     )
     mesh, params, ids = on_mesh(kind, shape)
-    with jax.set_mesh(mesh):
-        model = transformer(explicit=kind is AxisType.Explicit)
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+        model = transformer(mesh if kind is AxisType.Explicit else None)
         assert dict(find_sites(model, params, ids)) == dict(sites)
 
         @jax.jit
@@ -138,17 +142,19 @@ def routed(how, sites):
 
 
 @pytest.mark.parametrize(
-    ("kind", "how", "sharded"),
+    ("kind", "how", "sharded", "is_set"),
     [
-        (AxisType.Auto, "xlora", "data"),
-        (AxisType.Explicit, "xlora", "model"),
-        (AxisType.Explicit, "rows", "data"),
-        (AxisType.Explicit, "mix", None),
+        (AxisType.Auto, "xlora", "data", True),
+        (AxisType.Explicit, "xlora", "model", True),
+        (AxisType.Explicit, "xlora", "model", False),
+        (AxisType.Explicit, "rows", "data", True),
+        (AxisType.Explicit, "rows", "data", False),
+        (AxisType.Explicit, "mix", None, True),
     ],
 )
-def test_experts_on_a_mesh(kind, how, sharded):
+def test_experts_on_a_mesh(kind, how, sharded, is_set):
     """Replicated, or with the axis of experts sharded over an axis of the mesh."""
-    single = transformer(explicit=False)
+    single = transformer()
     adapter = routed(how, find_sites(single, PARAMS, IDS))
 
     def loss(function, adapter, params, ids):
@@ -162,14 +168,17 @@ def test_experts_on_a_mesh(kind, how, sharded):
 
     def place(array):
         stacked = sharded and array.ndim and array.shape[0] == 4
-        return jax.device_put(array, NamedSharding(mesh, P(sharded))) if stacked else array
+        return jax.device_put(array, NamedSharding(mesh, P(sharded) if stacked else P()))
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
         parts = {part: dict(getattr(adapter, part)) for part in ("params", "buffers")}
         for arrays in parts.values():
             for module in adapter.sites:
                 arrays[module] = jax.tree.map(place, arrays.get(module, {}))
-        model = adapt(transformer(explicit=kind is AxisType.Explicit), on_fallback="error")
+            if "xlora_classifier" in arrays:
+                whole = NamedSharding(mesh, P())
+                arrays["xlora_classifier"] = jax.device_put(arrays["xlora_classifier"], whole)
+        model = adapt(transformer(mesh if kind is AxisType.Explicit else None), on_fallback="error")
         got, own = jax.jit(loss, static_argnums=0)(model, adapter.replace(**parts), params, ids)
     assert abs(float(got - want)) < 1e-4
     for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(slope), strict=True):
@@ -181,7 +190,7 @@ def test_dropout_on_a_mesh(kind):
     config = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.5, target_modules=lambda site: True)
     mesh, params, ids = on_mesh(kind, (2, 2))
     with jax.set_mesh(mesh):
-        model = transformer(explicit=kind is AxisType.Explicit)
+        model = transformer(mesh if kind is AxisType.Explicit else None)
         adapter = init_adapter(KEY, config, find_sites(model, params, ids))
         adapter = adapter.replace(params=redraw(adapter.params))
         dry = jax.jit(adapt(model))(params, adapter, ids)

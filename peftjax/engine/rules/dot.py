@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from peftjax.engine import compat
 from peftjax.engine.linear import Linear, along, product_dtype
@@ -47,7 +46,7 @@ def linear(
     parts = layout(view)
     first_dims, second_dims = (parts["B"], parts["A"]) if transposed else (parts["A"], parts["B"])
     free_w = [axis for axis in range(view.base.ndim) if axis not in (*contract_w, *batch_w)]
-    out_spec = compat.explicit_spec(out)
+    out_sharding = compat.explicit_sharding(out, compat.explicit_spec(out))
     n_batch = len(batch_w)
 
     def multiply(x: jax.Array, w: jax.Array, axes: Any, **kwargs: Any) -> jax.Array:
@@ -68,7 +67,7 @@ def linear(
     def features(x: jax.Array, first: jax.Array) -> jax.Array:
         free_x = [axis for axis in range(x.ndim) if axis not in (*contract_x, *batch_x)]
         spec = compat.explicit_spec(x)
-        inner_spec = spec and PartitionSpec(*[spec[a] for a in (*batch_x, *free_x)], None)
+        inner_spec = spec and [*(spec[a] for a in (*batch_x, *free_x)), None]
         return lax.dot_general(
             x.astype(dtype),
             first.astype(dtype),
@@ -76,7 +75,7 @@ def linear(
                 (contract_x, [first_dims.index(axis) for axis in contract_w]),
                 (batch_x, [first_dims.index(axis) for axis in batch_w]),
             ),
-            out_sharding=inner_spec,
+            out_sharding=compat.explicit_sharding(x, inner_spec),
             **options,
         )
 
@@ -97,7 +96,8 @@ def linear(
             (list(range(n_batch)), [second_dims.index(axis) for axis in batch_w]),
         )
         explicit = compat.explicit_spec(inner) is not None
-        y = multiply(inner, second, axes, out_sharding=out_spec if explicit else None, **options)
+        own = out_sharding if explicit else None
+        y = multiply(inner, second, axes, out_sharding=own, **options)
         if not joined:
             return y
         kept = [n for n, axis in zip(second.shape, second_dims, strict=True) if axis in free_w]

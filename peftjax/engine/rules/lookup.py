@@ -20,15 +20,34 @@ def usage(params: dict[str, Any], position: int, shape: tuple[int, ...]) -> tupl
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     if position != 0:
         return "the weight is an index"
-    roles: list[Role] = ["out"] * len(shape)
-    for axis in numbers.start_index_map:
-        roles[axis] = "in"
+    picked = _picked_axes(params, shape)
+    roles: list[Role] = ["in" if axis in picked else "out" for axis in range(len(shape))]
     for axis in numbers.operand_batching_dims:
         roles[axis] = "stack"
-    whole = all(sizes[a] == n for a, n in enumerate(shape) if roles[a] == "out")
-    if set(numbers.start_index_map) != set(numbers.collapsed_slice_dims) or not whole:
+    taken = {"in": [1] * len(shape), "out": shape, "stack": sizes}
+    rows = all(sizes[axis] == taken[role][axis] for axis, role in enumerate(roles))
+    if not rows or not {*numbers.collapsed_slice_dims} <= {*picked}:
         return "the lookup takes slices, not rows"
     return tuple(roles)
+
+
+def _picked_axes(params: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of a table along which indices pick entries, in the order of the indices.
+
+    A slice under ``vmap`` has a start for every axis: that of a whole axis is clipped to nothing.
+    """
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    clips = params["mode"] is lax.GatherScatterMode.CLIP
+    return tuple(
+        axis
+        for axis in numbers.start_index_map
+        if axis in numbers.collapsed_slice_dims or not (clips and sizes[axis] == shape[axis])
+    )
+
+
+def _gone(numbers: lax.GatherDimensionNumbers) -> set[int]:
+    """The axes of the table that the slices have no more."""
+    return {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +79,14 @@ def linear(
     numbers = params["dimension_numbers"]
     batch_dims = indices.ndim - 1
     parts = layout(view)
-    offset = list(numbers.offset_dims)
-    index_place = [p for p in range(batch_dims + len(offset)) if p not in offset]
+    picked = _picked_axes(params, view.base.shape)
+    columns = np.array([numbers.start_index_map.index(axis) for axis in picked])
+    # A slice keeps the axes along which it picks one entry, as axes of size 1 of the result.
+    kept = [a for a in range(view.base.ndim) if a not in _gone(numbers)]
+    place_of = dict(zip(kept, numbers.offset_dims, strict=True))
+    offset = [place for axis, place in place_of.items() if axis not in picked]
+    ones = [place for axis, place in place_of.items() if axis in picked]
+    index_place = [p for p in range(batch_dims + len(kept)) if p not in numbers.offset_dims]
     stacked = list(numbers.start_indices_batching_dims)
 
     def rows(table: jax.Array, dims: Dims, index: jax.Array, outside: int) -> jax.Array:
@@ -72,11 +97,11 @@ def linear(
         ranked = None in dims
         return lax.gather(
             table,
-            index,
+            index[..., columns],
             lax.GatherDimensionNumbers(
                 offset_dims=(batch_dims,) if ranked else (),
-                collapsed_slice_dims=tuple(dims.index(a) for a in numbers.collapsed_slice_dims),
-                start_index_map=tuple(dims.index(a) for a in numbers.start_index_map),
+                collapsed_slice_dims=tuple(sorted(dims.index(a) for a in picked)),
+                start_index_map=tuple(dims.index(a) for a in picked),
                 operand_batching_dims=tuple(dims.index(a) for a in numbers.operand_batching_dims),
                 start_indices_batching_dims=numbers.start_indices_batching_dims,
             ),
@@ -90,12 +115,9 @@ def linear(
     def in_order(y: jax.Array) -> jax.Array:
         """From (stacked index dims, other index dims, out) to the order of the lookup."""
         now = [*stacked, *(d for d in range(batch_dims) if d not in stacked)]
-        order = [0] * y.ndim
-        for i, dim in enumerate(now):
-            order[index_place[dim]] = i
-        for i, place_of_out in enumerate(offset):
-            order[place_of_out] = batch_dims + i
-        return jnp.transpose(y, order)
+        places = [*(index_place[dim] for dim in now), *offset]
+        y = jnp.transpose(y, sorted(range(y.ndim), key=places.__getitem__))
+        return lax.expand_dims(y, ones)
 
     def base(x: _Picked) -> jax.Array:
         y = lax.gather(dense(view.base), x.indices, **params)
