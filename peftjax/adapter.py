@@ -26,7 +26,7 @@ from peftjax.trees import leaf_paths
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class Adapter:
     """An adapter of a frozen model: a pytree whose arrays are all it adds.
 
@@ -57,9 +57,9 @@ class Adapter:
         """
         return dataclasses.replace(self, **changes)
 
-    def train(self, key: PRNGKeyArray) -> Self:
-        """This adapter with dropout on, drawn from ``key``; pass a new key every step."""
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    def train(self, key: PRNGKeyArray | None) -> Self:
+        """This adapter with dropout on, drawn from ``key``, a new one every step; None: off."""
+        if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         return dataclasses.replace(self, key=key)
 

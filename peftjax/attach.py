@@ -28,6 +28,11 @@ def as_sequence(adapter: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, .
     adapters = () if adapter is None else adapter
     adapters = (adapters,) if isinstance(adapters, Adapter | Mapping) else tuple(adapters)
     for each in adapters:
+        if isinstance(each, str):
+            raise TypeError(
+                "a bank is no adapter: say which of its adapters serve which rows, with "
+                "bank.rows([...]), or mix them, with bank.mix(weights)"
+            )
         if not isinstance(each, Adapter):
             raise TypeError(
                 f"expected an Adapter, a sequence of Adapters or None, got {type(each).__name__}; "

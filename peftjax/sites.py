@@ -261,6 +261,11 @@ def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
       >>> sites["dense"].in_axes, sites["dense"].out_axes, sites["dense"].bias
       ((0,), (1,), 'dense.bias')
     """
+    if not callable(apply_fn):
+        raise TypeError(
+            f"the call is find_sites(apply_fn, params, *args), with a function of a params tree: "
+            f"apply_fn is of {type(apply_fn).__name__}"
+        )
     arrays, static = split((params, args, kwargs))
     leaves = leaf_paths(params)
 
@@ -284,7 +289,7 @@ def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
     floats = [
         i for i, x in enumerate(leaves.values()) if x.ndim and jnp.issubdtype(x.dtype, jnp.inexact)
     ]
-    every = tuple(Leaf(path, tuple(x.shape), np.dtype(x.dtype)) for path, x in leaves.items())
+    every = tuple(Leaf(path, tuple(x.shape), x.dtype) for path, x in leaves.items())
     # The first replay finds what each weight does, the second how each use will be adapted.
     records, heads = trace(dict.fromkeys(floats))
     found = {i: s for i in floats if (s := _site(i, every, records, i in heads)) is not None}

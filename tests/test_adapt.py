@@ -29,6 +29,7 @@ from peftjax import (
     find_sites,
     init_adapter,
     merge,
+    stack_adapters,
 )
 
 KEY = jax.random.key(0)
@@ -110,6 +111,11 @@ class TestArguments:
         params, x, adapter, _ = model
         with pytest.raises(TypeError, match=r"got dict; .*adapter\.replace"):
             adapt(mlp)(params, adapter.params, x)
+
+    def test_a_bank_is_no_adapter(self, model):
+        params, x, adapter, _ = model
+        with pytest.raises(TypeError, match=r"bank\.rows.* or .*bank\.mix"):
+            adapt(mlp)(params, stack_adapters({"a": adapter}), x)
 
     @pytest.mark.parametrize("option", ["on_fallback", "on_unused"])
     def test_unknown_options(self, option):

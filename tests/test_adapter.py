@@ -267,6 +267,22 @@ class TestWholeLeaves:
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_adapters_are_told_apart_by_identity(dense):
+    _, sites = dense
+    adapter = init_adapter(KEY, LoraConfig(target_modules=["up"]), sites)
+    assert adapter == adapter
+    assert adapter != adapter.replace()
+    assert len({adapter, adapter.replace()}) == 2
+
+
+def test_training_without_a_key_is_inference(dense):
+    _, sites = dense
+    config = LoraConfig(target_modules=["up"], lora_dropout=0.5)
+    adapter = init_adapter(KEY, config, sites).train(KEY)
+    assert adapter.key is not None
+    assert adapter.train(None).key is None
+
+
 class TestBadInput:
     def test_what_is_not_real_cannot_train(self):
         weights = {"a": {"w": normal(6, 6).astype(jnp.complex64)}, "b": {"w": normal(6, 6)}}

@@ -37,6 +37,16 @@ def test_the_table():
     assert lines[3].split()[-2:] == ["bias", "1"]
 
 
+def test_keys_may_lie_among_the_params():
+    params = mlp_params() | {"rng": jax.random.key(0)}
+    assert dict(find_sites(mlp, params, X)) == dict(find_sites(mlp, mlp_params(), X))
+
+
+def test_the_function_comes_first():
+    with pytest.raises(TypeError, match=r"find_sites\(apply_fn, params, \*args\).*of dict"):
+        find_sites(mlp_params(), mlp, X)
+
+
 def test_nothing_found_says_so():
     sites = find_sites(lambda params, x: x + params["b"][None], {"b": normal(6)}, X)
     assert len(sites) == 0

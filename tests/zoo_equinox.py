@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax
-from zoo_case import Draw, Model, case, conv, dense
+from zoo_case import Draw, Model, case, conv, dense, lookup
 
 
 def functional(
@@ -62,4 +62,22 @@ def equinox_conv(draw):
     return functional(make, draw, 1, draw.input(2, 4, 9, 7))
 
 
-CASES = [equinox_mlp, equinox_conv]
+class TiedDecoder(eqx.Module):
+    embed: eqx.nn.Embedding
+    layer: eqx.nn.Linear
+
+    def __call__(self, ids):
+        x = jax.vmap(self.embed)(ids)
+        return jax.numpy.tanh(jax.vmap(self.layer)(x)) @ self.embed.weight.T
+
+
+@case({"embed": lookup(0, 1), "layer": dense(1, 0)}, contains=["gather", "dot_general"])
+def equinox_tied_embedding(draw):
+    def make(key):
+        embed = eqx.nn.Embedding(11, 6, dtype=draw.dtype, key=key)
+        return TiedDecoder(embed, eqx.nn.Linear(6, 6, use_bias=False, dtype=draw.dtype, key=key))
+
+    return functional(make, draw, 1, draw.ids(11, 3, 5))
+
+
+CASES = [equinox_mlp, equinox_conv, equinox_tied_embedding]

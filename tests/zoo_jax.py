@@ -279,6 +279,29 @@ def lookups(draw):
     return apply_fn, params, (draw.ids(11, 4, 5), draw.ids(9, 4, 5, low=-9))
 
 
+@case(
+    {"rows": lookup(0, 1), "columns": lookup(1, 0), "blocks": lookup(0, (1, 2))},
+    contains=["gather", "squeeze"],
+)
+def lookups_under_vmap(draw):
+    """Slices with a start each, which keep the axis that was picked along, with size 1."""
+    params = {
+        "rows": draw.weight(9, 6),
+        "columns": draw.weight(6, 8),
+        "blocks": draw.weight(7, 2, 3),
+    }
+
+    def one(params, index):
+        columns = jax.lax.dynamic_index_in_dim(params["columns"], index % 8, axis=1)
+        blocks = params["blocks"][index % 7].reshape(6)
+        return jnp.tanh(params["rows"][index]) * columns[:, 0] + blocks
+
+    def apply_fn(params, ids):
+        return jax.vmap(jax.vmap(one, (None, 0)), (None, 0))(params, ids)
+
+    return apply_fn, params, (draw.ids(12, 4, 5, low=-12),)
+
+
 @case({"filled": lookup(0, 1), "clipped": lookup(0, 1)}, contains=["gather"])
 def lookups_out_of_range(draw):
     params = {"filled": draw.weight(9, 6), "clipped": draw.weight(8, 6)}
@@ -354,6 +377,7 @@ CASES = [
     concatenated_weights,
     two_conventions,
     lookups,
+    lookups_under_vmap,
     lookups_out_of_range,
     one_hot_embedding,
     shared_layers,
