@@ -53,7 +53,8 @@ def adapt(
       hidden_states: for X-LoRA, the last hidden states, of shape (batch, sequence, features), out
         of what ``apply_fn`` returns. By default they are the input of its output head.
       return_scalings: for X-LoRA, whether to return ``(out, scalings)``: besides what ``apply_fn``
-        returns, the weights of shape (batch, sequence, layers, experts) the experts got.
+        returns, the weights of shape (batch, sequence, layers, experts) that the classifier gives
+        the experts, of which ``top_k_lora`` then keeps the largest.
 
     Returns:
       ``adapted(params, adapter, *args, **kwargs)``, where ``adapter`` is an Adapter, a sequence of
