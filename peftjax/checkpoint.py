@@ -213,8 +213,11 @@ def _as_written(directory: Path) -> tuple[Path, Adapter]:
 
 def _site(record: Mapping[str, Any]) -> Site:
     site = Site(**_values(record))
-    if sorted(site.in_axes + site.out_axes + site.stack_axes) != list(range(len(site.shape))):
+    axes = sorted(site.in_axes + site.out_axes + site.stack_axes)
+    if axes != list(range(len(site.shape))) or not set(site.tap_axes) <= set(site.in_axes):
         raise ValueError(f"the axes of {site.name} are not those of its shape {site.shape}")
+    if not set(site.layers or ()) <= set(range(*site.full_stack_shape[:1] or (0,))):
+        raise ValueError(f"{site.name} has no layers {site.layers} in its shape {site.shape}")
     return site
 
 

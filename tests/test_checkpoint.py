@@ -149,6 +149,8 @@ def test_a_config_that_is_no_json_loses_nothing(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda sites: sites[0].update(in_axes=[7]), "axes of down are not those of its shape"),
+        (lambda sites: sites[0].update(tap_axes=[7]), "axes of down are not those of its shape"),
+        (lambda sites: sites[0].update(layers=[9]), r"down has no layers \(9,\) in its shape"),
         (lambda sites: sites.pop(0), "its sites and its arrays differ: down"),
         (lambda sites: sites.clear(), "its sites and its arrays differ: down, up"),
     ],
