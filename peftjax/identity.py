@@ -32,7 +32,7 @@ def about(adapter: Adapter) -> dict[str, Any]:
     return json.loads(json.dumps(about, sort_keys=True))
 
 
-_OF_NO_ACCOUNT = {"name", "dtype", "is_head", "is_tied", "window"}
+_OF_NO_ACCOUNT = {"name", "dtype", "is_head", "is_tied", "dilated", "spread", "uneven"}
 
 
 def _fingerprint(of: Site | Leaf) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from peftjax.engine.run import mark, run
 from peftjax.engine.trace import Biased, Record, Seen, Trace, Used
-from peftjax.engine.views import ORDINARY, Kind, Role, Window
+from peftjax.engine.views import Kind, Role
 from peftjax.trees import leaf_paths, split
 
 NO_SITES = (
@@ -67,7 +67,9 @@ class Site:
       tap_axes: of the in-axes, those along which the taps of a convolution's kernel lie, in the
         order of the image's axes.
       groups: feature groups of a convolution.
-      window: how a convolution moves its kernel over an image.
+      dilated: whether the taps of a convolution's kernel lie apart.
+      spread: whether the points of its image do, which makes a transposed convolution.
+      uneven: whether its steps or its padding differ between the axes of the image.
       is_head: whether the result reaches an output of the function through views, its bias and
         scalar operations alone.
       is_tied: whether the weight is used both ways round, from its in-axes to its out-axes and
@@ -87,7 +89,9 @@ class Site:
     bias_stack_axes: tuple[int, ...] = ()
     tap_axes: tuple[int, ...] = ()
     groups: int = 1
-    window: Window = ORDINARY
+    dilated: bool = False
+    spread: bool = False
+    uneven: bool = False
     is_head: bool = False
     is_tied: bool = False
     layers: tuple[int, ...] | None = None
@@ -329,7 +333,7 @@ def _site(leaf: int, leaves: tuple[Leaf, ...], records: list[Record], is_head: b
         stack_axes=axes["stack"],
         tap_axes=tuple(axis for axis in use.taps if axis in axes["in"]),
         groups=use.groups,
-        window=use.window,
+        **use.window._asdict(),
         # A table's own rows may be the output; only as a linear map is it a head.
         is_head=is_head and any(r.kind != "lookup" for r in seen),
         is_tied=any({role, roles[axis]} == {"in", "out"} for r in seen for axis, role in r.roles),

@@ -63,6 +63,26 @@ def test_round_trip(tmp_path: Path) -> None:
     assert_same(checkpoint.restore_adapter(place, adapter_of()), adapter)
 
 
+def test_what_is_known_of_a_site_comes_back(tmp_path: Path) -> None:
+    """How a convolution moves its kernel too, which older files do not tell."""
+
+    def upsampled(params: dict[str, Any], x: jax.Array) -> jax.Array:
+        return jax.lax.conv_transpose(x, params["up"]["kernel"], (2,), "SAME")
+
+    params = {"up": {"kernel": jnp.ones((3, 4, 5))}}
+    sites = peftjax.find_sites(upsampled, params, jnp.ones((2, 6, 4)))
+    config = peftjax.LoraConfig(r=2, lora_alpha=5, target_modules=["up"])
+    adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
+    place = checkpoint.save_adapter(tmp_path / "adapter", adapter)
+    assert_same(checkpoint.restore_adapter(place), adapter)
+
+    file = place / "adapter_structure.json"
+    structure = json.loads(file.read_text())
+    assert structure["sites"][0].pop("spread") is True
+    file.write_text(json.dumps(structure))
+    assert not checkpoint.restore_adapter(place).sites["up"].spread
+
+
 def test_shapes_are_enough_to_restore(tmp_path: Path) -> None:
     adapter = trained(adapter_of())
     checkpoint.save_adapter(tmp_path, adapter)

@@ -39,9 +39,6 @@ class Window(NamedTuple):
     uneven: bool = False
 
 
-ORDINARY = Window()
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layer:

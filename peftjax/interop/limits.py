@@ -61,7 +61,7 @@ def unknown_layout(leaf: Leaf) -> str:
     Torch turns the kernel of a transposed convolution round, and JAX may have it either way.
     """
     site = leaf.site
-    if site is None or site.path != leaf.path or not site.window.spread:
+    if site is None or site.path != leaf.path or not site.spread:
         return ""
     return (
         f"is a transposed convolution, whose kernel ({leaf.path}, of shape {leaf.shape}) torch "
@@ -88,16 +88,16 @@ _NOT_SQUARE = Limit(
 )
 _SPREAD = Limit(
     _refused("a transposed convolution"),
-    lambda case: case.site.window.spread,
+    lambda case: case.site.spread,
 )
 _UNEVEN = Limit(
     "is a convolution of steps or padding that differ between its axes, of which torch PEFT's "
     "{method} takes the first alone",
-    lambda case: case.site.window.uneven,
+    lambda case: case.site.uneven,
 )
 _DILATED = Limit(
     "is a dilated convolution, whose dilation torch PEFT's {method} forgets",
-    lambda case: case.site.window.dilated,
+    lambda case: case.site.dilated,
 )
 _MIXED_GROUPS = Limit(
     "is a grouped convolution, where A of torch PEFT's {method} sees the channels of all groups, "

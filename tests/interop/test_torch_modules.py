@@ -101,7 +101,7 @@ def test_hra_on_convolutions(options, tmp_path):
     """PEFT takes the first step and the first padding for those of all axes."""
     twins = of_conv(**options)
     adapter = drawn(peftjax.HRAConfig(r=2, target_modules=["m"]), twins.sites)
-    if not twins.sites["m"].window.uneven:
+    if not twins.sites["m"].uneven:
         check_export(twins, adapter, tmp_path)
         return
     peftjax.save_pretrained(tmp_path, adapter, allow_foreign=True)

@@ -8,7 +8,7 @@ import jax
 
 from peftjax.engine.linear import Linear
 from peftjax.engine.rules import conv, dot, lookup, ragged
-from peftjax.engine.views import ORDINARY, Kind, Role, View, Window
+from peftjax.engine.views import Kind, Role, View, Window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rule:
     ]
     taps: Callable[[dict[str, Any]], tuple[int, ...]] = lambda params: ()
     groups: Callable[[dict[str, Any]], int] = lambda params: 1
-    window: Callable[[dict[str, Any]], Window] = lambda params: ORDINARY
+    window: Callable[[dict[str, Any]], Window] = lambda params: Window()
     tapped: Callable[[dict[str, Any], int, list[jax.Array]], tuple[jax.Array, int] | None] = (
         lambda params, position, operands: None
     )
