@@ -1,6 +1,7 @@
 """One training step of an adapter: gradients, the optimizer, and nothing of the base in them."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -157,8 +158,9 @@ def make_train_step(
                 lambda part, i: gradients(state, params, part, i), _parts(batch, accumulate)
             )
         trainable = state.adapter.params
+        told = {"value": loss, "grad": grads, "value_fn": jax.tree_util.Partial(_elsewhere)}
         updates, opt_state = optimizer.update(
-            grads, state.opt_state, trainable, value=loss, grad=grads, value_fn=_elsewhere
+            grads, state.opt_state, trainable, **_taken(optimizer.update, told)
         )
         after = TrainState(
             state.adapter.replace(params=optax.apply_updates(trainable, updates)),
@@ -170,6 +172,14 @@ def make_train_step(
 
     out = None if shardings is None else (shardings, None)
     return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def _taken(update: Callable[..., Any], told: dict[str, Any]) -> dict[str, Any]:
+    """What an update takes of all it may be told; that of ``optax.contrib.sam`` takes nothing."""
+    known = inspect.signature(update).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
+        return told
+    return {name: value for name, value in told.items() if name in known}
 
 
 def _elsewhere(params: Any) -> Array:

@@ -408,6 +408,16 @@ def test_a_rate_that_falls_where_the_loss_does_not():
     assert float(state.opt_state[1].scale) < 1
 
 
+def test_optimizers_that_are_told_nothing_or_are_compiled():
+    params, compiled = mlp_params(), optax.polyak_sgd()
+    compiled = compiled._replace(update=jax.jit(compiled.update))
+    for optimizer in (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), compiled):
+        with jax.numpy_dtype_promotion("standard"):
+            step = make_train_step(loss_fn, optimizer)
+            _, metrics = run(step, init_train_state(drawn(), optimizer), params, BATCH, 3)
+        assert float(metrics["loss"][-1]) != float(metrics["loss"][0])
+
+
 def test_a_line_search_is_an_error_before_anything_runs():
     params = mlp_params()
     for optimizer in (optax.lbfgs(), optax.MultiSteps(optax.lbfgs(), 2)):
