@@ -165,15 +165,15 @@ def _check_real(chosen: Sites, saved: Mapping[str, Leaf]) -> None:
     for site in chosen.values():
         if not jnp.issubdtype(site.dtype, jnp.floating):
             raise ValueError(
-                f"{site.path} is {site.dtype}, and only real weights can be adapted: name it in "
-                f"`exclude_modules`"
+                f"{site.path} is {site.dtype}, and only floating weights can be adapted: name it "
+                f"in `exclude_modules`"
             )
     for path, leaf in saved.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
-                f"{path} is {leaf.dtype}, and only real arrays can be trained whole: name what "
-                f"lies beside it in `modules_to_save`, and take another `bias` than 'all' if it "
-                f"is called so"
+                f"{path} is {leaf.dtype}, and only floating arrays can be trained whole: name "
+                "what lies beside it in `modules_to_save`, and take another `bias` than 'all' if "
+                f"it is called so"
             )
 
 

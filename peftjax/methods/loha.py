@@ -276,15 +276,14 @@ def _init(
 def _halves(params: Arrays, buffers: Arrays, spec: WeightSpec) -> list[tuple[Array, Array]]:
     """The two low-rank matrices as factors of shapes (*in, r) and (r, *out)."""
     halves = []
-    params = {name: widened(array) for name, array in params.items()}
     for half in (1, 2):
-        a, b = params[f"hada_w{half}_a"], params[f"hada_w{half}_b"]
+        a, b = (widened(params[f"hada_w{half}_{side}"]) for side in "ab")
         if "rank_mask" in buffers:
             mask = buffers["rank_mask"].astype(a.dtype)
             a = a * mask.reshape(-1, *[1] * (a.ndim - 1))
             b = b * jnp.broadcast_to(mask, b.shape)
         if f"hada_t{half}" in params:
-            b = _with_core(params[f"hada_t{half}"], b, spec)
+            b = _with_core(widened(params[f"hada_t{half}"]), b, spec)
         halves.append((b, a))
     return halves
 
