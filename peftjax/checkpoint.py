@@ -21,7 +21,7 @@ from peftjax.sites import Leaf, Site, Sites
 
 _ADAPTER = "adapter.json"
 _ARRAYS = ("arrays", "arrays-2")
-_METADATA = "_METADATA"  # what Orbax writes last
+_WHOLE = ("_METADATA", "manifest.ocdbt")  # without which Orbax reads no arrays
 
 
 def save_adapter(directory: str | Path, adapter: Adapter) -> Path:
@@ -89,8 +89,8 @@ def restore_adapter(directory: str | Path, like: Adapter | None = None) -> Adapt
     else:
         check_about(f"the adapter in {directory}", about(written), about(like))
     wanted = jax.tree.map(_abstract, _arrays(like))
-    if not (place / _METADATA).is_file():
-        raise ValueError(f"{place} is not whole, it has no {_METADATA}: save the adapter again")
+    if missing := [name for name in _WHOLE if not (place / name).is_file()]:
+        raise ValueError(f"{place} is not whole, it has no {missing[0]}: save the adapter again")
     with ocp.StandardCheckpointer() as checkpointer:
         with _whole(place):
             saved = checkpointer.metadata(place).item_metadata.tree

@@ -64,7 +64,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_a_site_comes_back(tmp_path: Path) -> None:
-    """How a convolution moves its kernel too, which older files do not tell."""
+    """How a convolution moves its kernel too."""
 
     def upsampled(params: dict[str, Any], x: jax.Array) -> jax.Array:
         return jax.lax.conv_transpose(x, params["up"]["kernel"], (2,), "SAME")
@@ -73,14 +73,9 @@ def test_what_is_known_of_a_site_comes_back(tmp_path: Path) -> None:
     sites = peftjax.find_sites(upsampled, params, jnp.ones((2, 6, 4)))
     config = peftjax.LoraConfig(r=2, lora_alpha=5, target_modules=["up"])
     adapter = peftjax.init_adapter(jax.random.key(0), config, sites)
-    place = checkpoint.save_adapter(tmp_path / "adapter", adapter)
-    assert_same(checkpoint.restore_adapter(place), adapter)
-
-    file = place / "adapter_structure.json"
-    structure = json.loads(file.read_text())
-    assert structure["sites"][0].pop("spread") is True
-    file.write_text(json.dumps(structure))
-    assert not checkpoint.restore_adapter(place).sites["up"].spread
+    assert adapter.sites["up"].spread
+    checkpoint.save_adapter(tmp_path, adapter)
+    assert_same(checkpoint.restore_adapter(tmp_path), adapter)
 
 
 def test_shapes_are_enough_to_restore(tmp_path: Path) -> None:
@@ -185,8 +180,6 @@ def test_sites_that_cannot_be_are_no_adapter(tmp_path: Path, change: Any, messag
         checkpoint.restore_adapter(tmp_path)
 
 
-# Orbax leaves an event loop behind when it fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("gone", ["_METADATA", "manifest.ocdbt", "."])
 def test_half_an_adapter_is_said_to_be(tmp_path: Path, gone: str) -> None:
     checkpoint.save_adapter(tmp_path, adapter_of())
