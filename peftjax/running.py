@@ -184,7 +184,7 @@ def _check_rows(
             shape = (more, *shape[1:])
         return jax.ShapeDtypeStruct(shape, array.dtype)
 
-    arrays = [*arrays[:first], *map(grown, arrays[first:])]
+    before, arrays = arrays, [*arrays[:first], *map(grown, arrays[first:])]
     routes = [jax.tree.map(grown, each.route) if rows(each) else each.route for each in adapters]
 
     def run(arrays: list[Any], routes: list[Any]) -> Any:
@@ -194,6 +194,8 @@ def _check_rows(
     try:
         jax.eval_shape(run, arrays, routes)
     except RouteError as error:
+        if _keeps_rows(model, static, before, arrays, batch):
+            return
         raise RouteError(
             f"an axis that looks like that of {batch} rows, or of their positions, is another one: "
             f"with {more} rows, {error}"
@@ -201,6 +203,23 @@ def _check_rows(
     except Exception:
         # A model of this very batch size cannot be asked.
         return
+
+
+def _keeps_rows(
+    model: Model, static: Static, before: list[Any], after: list[Any], batch: int
+) -> bool:
+    """Whether a model has this many rows written into it, whatever it is given."""
+
+    def shapes(arrays: list[Any]) -> list[tuple[int, ...]]:
+        def plain(arrays: list[Any]) -> Any:
+            params, args, kwargs = static.fill(arrays)
+            return model.apply_fn(params, *args, **kwargs)
+
+        return [x.shape for x in jax.tree.leaves(jax.eval_shape(plain, arrays))]
+
+    pairs = zip(shapes(before), shapes(after), strict=True)
+    kept = [other.count(batch) >= one.count(batch) for one, other in pairs if batch in one]
+    return bool(kept) and all(kept)
 
 
 def _count_tokens(

@@ -476,6 +476,29 @@ class TestLayouts:
         with pytest.raises(RouteError, match=r"with \d rows, places meets gather"):
             adapt(function)(params, mixed, *args)
 
+    @pytest.mark.parametrize("how", ["rows", "mix"])
+    def test_a_model_with_its_number_of_rows_written_into_it(self, how):
+        """It cannot be asked about more of them, whether its reshapes go through or not."""
+        params = {"up": normal(6, 8), "out": normal(8, 5)}
+
+        def function(params, x):
+            h = jnp.tanh(x.reshape(-1, 6) @ params["up"]).reshape(2, -1, 8)
+            return h @ params["out"]
+
+        x = normal(2, 4, 6, std=1)
+        sites = find_sites(function, params, x)
+        config = lora(r=2, target_modules=["up", "out"])
+        bank = stack_adapters(experts({"a": config, "b": config}, sites))
+        routed = bank.rows(["a", "b"]) if how == "rows" else bank.mix(jnp.eye(2))
+        want = each_alone(
+            lambda own, x: adapt(lambda params, x: jnp.tanh(x @ params["up"]) @ params["out"])(
+                params, own, x
+            ),
+            [bank["a"], bank["b"]],
+            (x,),
+        )
+        np.testing.assert_allclose(adapt(function)(params, routed, x), want, atol=1e-5)
+
     def test_batch_axes_that_do_not_fit(self, pair):
         params, known = pair
         rows = stack_adapters(known).rows(["b", "a"])

@@ -1,7 +1,6 @@
 """One training step of an adapter: gradients, the optimizer, and nothing of the base in them."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -158,10 +157,7 @@ def make_train_step(
                 lambda part, i: gradients(state, params, part, i), _parts(batch, accumulate)
             )
         trainable = state.adapter.params
-        told = {"value": loss, "grad": grads, "value_fn": jax.tree_util.Partial(_elsewhere)}
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, trainable, **_taken(optimizer.update, told)
-        )
+        updates, opt_state = _updates(optimizer, grads, state.opt_state, trainable, loss)
         after = TrainState(
             state.adapter.replace(params=optax.apply_updates(trainable, updates)),
             opt_state,
@@ -174,12 +170,18 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def _taken(update: Callable[..., Any], told: dict[str, Any]) -> dict[str, Any]:
-    """What an update takes of all it may be told; that of ``optax.contrib.sam`` takes nothing."""
-    known = inspect.signature(update).parameters
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
-        return told
-    return {name: value for name, value in told.items() if name in known}
+def _updates(
+    optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, trainable: Any, loss: Array
+) -> tuple[Any, Any]:
+    """What an optimizer makes of the gradients, told the loss if it will hear of it."""
+    told = {"value": loss, "grad": grads, "value_fn": jax.tree_util.Partial(_elsewhere)}
+    try:
+        return optimizer.update(grads, opt_state, trainable, **told)
+    except TypeError as error:
+        # A chain hands on all that it is told, and a part of it, as optax.contrib.sam, takes none.
+        if "unexpected keyword argument" not in str(error):
+            raise
+        return optimizer.update(grads, opt_state, trainable)
 
 
 def _elsewhere(params: Any) -> Array:

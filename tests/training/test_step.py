@@ -411,7 +411,8 @@ def test_a_rate_that_falls_where_the_loss_does_not():
 def test_optimizers_that_are_told_nothing_or_are_compiled():
     params, compiled = mlp_params(), optax.polyak_sgd()
     compiled = compiled._replace(update=jax.jit(compiled.update))
-    for optimizer in (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1)), compiled):
+    sam = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1))
+    for optimizer in (sam, optax.chain(optax.clip_by_global_norm(1.0), sam), compiled):
         with jax.numpy_dtype_promotion("standard"):
             step = make_train_step(loss_fn, optimizer)
             _, metrics = run(step, init_train_state(drawn(), optimizer), params, BATCH, 3)
