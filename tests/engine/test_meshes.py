@@ -146,7 +146,6 @@ def routed(how, sites):
     [
         (AxisType.Auto, "xlora", "data", True),
         (AxisType.Explicit, "xlora", "model", True),
-        (AxisType.Explicit, "xlora", "model", False),
         (AxisType.Explicit, "rows", "data", True),
         (AxisType.Explicit, "rows", "data", False),
         (AxisType.Explicit, "mix", None, True),
@@ -175,9 +174,6 @@ def test_experts_on_a_mesh(kind, how, sharded, is_set):
         for arrays in parts.values():
             for module in adapter.sites:
                 arrays[module] = jax.tree.map(place, arrays.get(module, {}))
-            if "xlora_classifier" in arrays:
-                whole = NamedSharding(mesh, P())
-                arrays["xlora_classifier"] = jax.device_put(arrays["xlora_classifier"], whole)
         model = adapt(transformer(mesh if kind is AxisType.Explicit else None), on_fallback="error")
         got, own = jax.jit(loss, static_argnums=0)(model, adapter.replace(**parts), params, ids)
     assert abs(float(got - want)) < 1e-4
