@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from peftjax.adapter import Adapter
 from peftjax.engine.routes import RouteError, taken
 from peftjax.routes import Mix
-from peftjax.running import Model, rows, run_with
+from peftjax.running import Model, plain_call, rows, run_with
 from peftjax.trees import Static, is_array, leaves_of
 
 
@@ -117,10 +117,6 @@ def _places_of_rows(
 ) -> tuple[list[int], Any]:
     """Where the rows lie in each output, and the structure of the outputs."""
 
-    def call(arrays: list[Any]) -> Any:
-        params, args, kwargs = static.fill(arrays)
-        return model.apply_fn(params, *args, **kwargs)
-
     def with_rows(count: int) -> list[jax.ShapeDtypeStruct]:
         shapes = []
         for x, axis in zip(arrays, axes, strict=True):
@@ -131,6 +127,7 @@ def _places_of_rows(
         return shapes
 
     # An axis of rows is one that grows with them.
+    call = plain_call(model, static)
     one, two = (jax.eval_shape(call, with_rows(count)) for count in (1, 2))
     places = []
     for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True):

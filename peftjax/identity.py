@@ -24,12 +24,12 @@ def about(adapter: Adapter) -> dict[str, Any]:
         mixture = {"adapters": list(config.adapters), "head": config.head}
         for name, expert in zip(config.adapters, config.experts, strict=True):
             mixture[f"expert {name}"] = expert.to_dict()
-    about = {
+    said = {
         "config": config.to_dict() | mixture,
         "sites": {site.name: _fingerprint(site) for site in adapter.sites.values()},
         "saved": {leaf.path: list(leaf.shape) for leaf in adapter.saved},
     }
-    return json.loads(json.dumps(about, sort_keys=True))
+    return json.loads(json.dumps(said, sort_keys=True))
 
 
 _OF_NO_ACCOUNT = {"name", "dtype", "is_head", "is_tied", "dilated", "spread", "uneven"}

@@ -79,11 +79,7 @@ def _run(
     """As ``run_with``; and, for each weight used, the sizes of the axes taken for its rows."""
     params, _, _ = static.fill(arrays)
     adapters = [_of_its_rows(adapter) for adapter in adapters]
-
-    def call(arrays: list[Any]) -> Any:
-        params, args, kwargs = static.fill(arrays)
-        return model.apply_fn(params, *args, **kwargs)
-
+    call = plain_call(model, static)
     leaves = leaf_paths(params)
     check_fits(leaves, adapters)
     tokens = _count_tokens(call, arrays, leaves, adapters)
@@ -103,6 +99,16 @@ def _run(
             sizes.update(() if record.rows is None else (record.rows,))
     _check_used(used, adapters, model.on_unused)
     return out, None if head is None else heads.get(paths.index(head)), used
+
+
+def plain_call(model: Model, static: Static) -> Callable[[list[Any]], Any]:
+    """The model without adapters, as a function of the arrays among its params and arguments."""
+
+    def call(arrays: list[Any]) -> Any:
+        params, args, kwargs = static.fill(arrays)
+        return model.apply_fn(params, *args, **kwargs)
+
+    return call
 
 
 def rows(adapter: Adapter) -> int | None:
@@ -209,15 +215,9 @@ def _keeps_rows(
     model: Model, static: Static, before: list[Any], after: list[Any], batch: int
 ) -> bool:
     """Whether a model has this many rows written into it, whatever it is given."""
-
-    def shapes(arrays: list[Any]) -> list[tuple[int, ...]]:
-        def plain(arrays: list[Any]) -> Any:
-            params, args, kwargs = static.fill(arrays)
-            return model.apply_fn(params, *args, **kwargs)
-
-        return [x.shape for x in jax.tree.leaves(jax.eval_shape(plain, arrays))]
-
-    pairs = zip(shapes(before), shapes(after), strict=True)
+    call = plain_call(model, static)
+    outs = (jax.tree.leaves(jax.eval_shape(call, arrays)) for arrays in (before, after))
+    pairs = [(one.shape, other.shape) for one, other in zip(*outs, strict=True)]
     kept = [other.count(batch) >= one.count(batch) for one, other in pairs if batch in one]
     return bool(kept) and all(kept)
 

@@ -153,12 +153,12 @@ def check(options: Convert) -> Source:
 def _is_mixture(source: Source) -> bool:
     """Whether the config of an adapter, of either form, is X-LoRA's."""
     of_orbax = source.form == "Orbax"
-    data = _read_json(source.directory / (_ORBAX if of_orbax else CONFIG))
+    data = read_json(source.directory / (_ORBAX if of_orbax else CONFIG))
     config = data.get("config") if of_orbax else data
     return isinstance(config, dict) and config.get("peft_type") == "XLORA"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """What an object of JSON says; nothing where it cannot be read, as who needs it will say."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -226,12 +226,12 @@ def _check_out(options: Convert, source: Source) -> None:
 
 
 def _is_adapter(directory: Path) -> bool:
-    configs = _read_json(directory / CONFIG), _read_json(directory / _ORBAX).get("config")
+    configs = read_json(directory / CONFIG), read_json(directory / _ORBAX).get("config")
     return any(isinstance(config, dict) and "peft_type" in config for config in configs)
 
 
 def _is_model(directory: Path) -> bool:
-    is_one = "model_type" in _read_json(directory / "config.json")
+    is_one = "model_type" in read_json(directory / "config.json")
     return is_one and any(_matches(path, _WEIGHTS) for path in directory.iterdir())
 
 

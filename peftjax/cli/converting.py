@@ -17,7 +17,7 @@ import peftjax
 from peftjax.adapter import Adapter, check_leaves
 from peftjax.checkpoint import restore_adapter, save_adapter
 from peftjax.cli import models
-from peftjax.cli.convert import CONFIG, Convert, Source
+from peftjax.cli.convert import CONFIG, Convert, Source, read_json
 from peftjax.cli.display import Display
 from peftjax.cli.errors import CommandError, UsageError
 from peftjax.cli.models import Model
@@ -116,8 +116,8 @@ def _read(source: Source, model: Model | None, display: Display) -> Adapter:
 def _starts_from_weights(directory: Path) -> bool:
     """Whether PEFT's files lack the start of an adapter, as those of PiSSA and OLoRA do."""
     try:
-        config = config_from(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        config = config_from(read_json(directory / CONFIG))
+    except ValueError:
         return False  # load_pretrained says what is wrong
     return config.method.buffers_read_weight(config)
 

@@ -45,11 +45,6 @@ def _picked_axes(params: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, .
     )
 
 
-def _gone(numbers: lax.GatherDimensionNumbers) -> set[int]:
-    """The axes of the table that the slices have no more."""
-    return {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Picked:
@@ -82,7 +77,8 @@ def linear(
     picked = _picked_axes(params, view.base.shape)
     columns = np.array([numbers.start_index_map.index(axis) for axis in picked])
     # A slice keeps the axes along which it picks one entry, as axes of size 1 of the result.
-    kept = [a for a in range(view.base.ndim) if a not in _gone(numbers)]
+    gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [axis for axis in range(view.base.ndim) if axis not in gone]
     place_of = dict(zip(kept, numbers.offset_dims, strict=True))
     offset = [place for axis, place in place_of.items() if axis not in picked]
     ones = [place for axis, place in place_of.items() if axis in picked]
