@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from peftjax.engine.run import mark, run
-from peftjax.engine.trace import Biased, Record, Seen, Trace, Used
+from peftjax.engine.trace import Biased, Record, Seen, Stray, Trace, Used
 from peftjax.engine.views import Kind, Role
 from peftjax.trees import leaf_paths, split
 
@@ -175,6 +175,8 @@ class Sites(Mapping[str, Site]):
       uses: what the trace saw of each site, by name.
       others: of an adapter's sites, those of the model that it does not adapt: names in its files
         must not mean them.
+      strays: path and primitive of each array that is no site, although two of its axes or more met
+        something: a masked kernel meets ``mul``, a table of positions ``add``.
     """
 
     sites: tuple[Site, ...]
@@ -183,6 +185,7 @@ class Sites(Mapping[str, Site]):
         default=(), repr=False, compare=False
     )
     others: tuple[Site, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    strays: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     def __getitem__(self, name: str) -> Site:
         return self._by_name[name]
@@ -237,7 +240,17 @@ class Sites(Mapping[str, Site]):
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in (columns, tuple("-" * width for width in widths), *rows)
         ]
-        return "\n".join(lines if self.sites else [*lines, NO_SITES])
+        if not self.sites:
+            lines.append(NO_SITES)
+        if self.strays:
+            lines += ["", not_followed(self.strays)]
+        return "\n".join(lines)
+
+
+def not_followed(strays: Sequence[tuple[str, str]], most: int = 8) -> str:
+    """Says which arrays no product was seen of, and what each met instead."""
+    named = ", ".join(f"{path} ({primitive})" for path, primitive in strays[:most])
+    return f"not followed to a product: {named}" + (", ..." if len(strays) > most else "")
 
 
 def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Sites:
@@ -255,7 +268,8 @@ def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
       **kwargs: likewise.
 
     Returns:
-      The sites by module path; printing them gives a table.
+      The sites by module path; printing them gives a table, and below it the arrays of two axes or
+      more that met something else than a product.
 
     Example:
       >>> import jax.numpy as jnp, peftjax
@@ -296,13 +310,17 @@ def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
     every = tuple(Leaf(path, tuple(x.shape), x.dtype) for path, x in leaves.items())
     # The first replay finds what each weight does, the second how each use will be adapted.
     records, heads = trace(dict.fromkeys(floats))
+    stops = {r.leaf: r.primitive for r in reversed(records) if isinstance(r, Stray) and r.axes > 1}
     found = {i: s for i in floats if (s := _site(i, every, records, i in heads)) is not None}
     found = dict(zip(found, _named(list(found.values())), strict=True))
     records, _ = trace({i: site.roles for i, site in found.items()})
     uses = {site.name: _uses(i, records) for i, site in found.items()}
     owners = {site.bias: site for site in found.values()} | {s.path: s for s in found.values()}
     every = tuple(dataclasses.replace(leaf, site=owners.get(leaf.path)) for leaf in every)
-    return Sites(tuple(found.values()), every, tuple(uses.items()))
+    strays = tuple(
+        (leaf.path, stops[i]) for i, leaf in enumerate(every) if i in stops and not leaf.site
+    )
+    return Sites(tuple(found.values()), every, tuple(uses.items()), strays=strays)
 
 
 def _site(leaf: int, leaves: tuple[Leaf, ...], records: list[Record], is_head: bool) -> Site | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from peftjax.config import AdapterConfig, Targets
-from peftjax.sites import NO_SITES, Leaf, Site, Sites
+from peftjax.sites import NO_SITES, Leaf, Site, Sites, not_followed
 
 T = TypeVar("T")
 Layers = frozenset[int]
@@ -336,7 +336,9 @@ def _why_unmatched(targets: Targets | None, entry: str, sites: Sites) -> str:
     if inside := [site.name for site in sites.sites if is_within(entry, site.name)]:
         return f"{entry!r} holds other modules; name those: {_listing(inside)}"
     if leaves := [leaf.path for leaf in sites.leaves if is_within(entry, leaf.path)]:
-        return f"{entry!r} is no linear weight of the function, but only: {_listing(leaves)}"
+        strays = [stray for stray in sites.strays if stray[0] in leaves]
+        why = f"; {not_followed(strays)}" if strays else ""
+        return f"{entry!r} is no linear weight of the function, but only: {_listing(leaves)}{why}"
     return f"no module matched {entry!r}; {_nearest(entry, sites)}"
 
 

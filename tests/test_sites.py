@@ -270,6 +270,47 @@ def test_a_weight_that_is_no_linear_one_says_so():
         init_adapter(KEY, LoraConfig(target_modules=["norm"]), sites)
 
 
+class TestStrays:
+    """An array of several axes that no product was seen of is named, with what it met."""
+
+    @staticmethod
+    def sites():
+        def apply_fn(params, x):
+            h = (x + params["pos"]) * params["d"]["g"][None]
+            return jax.nn.relu(h @ params["d"]["w"]) @ (params["m"] * jnp.tril(jnp.ones((6, 6))))
+
+        dense = {"w": normal(6, 6), "g": normal(6)}
+        return find_sites(apply_fn, {"d": dense, "m": normal(6, 6), "pos": normal(4, 6)}, X)
+
+    def test_the_table_names_them(self):
+        sites = self.sites()
+        assert list(sites) == ["d"]
+        assert sites.strays == (("m", "mul"), ("pos", "add"))
+        assert str(sites).endswith("\n\nnot followed to a product: m (mul), pos (add)")
+
+    def test_a_target_that_means_one_says_so(self):
+        sites = self.sites()
+        with pytest.raises(NoMatchingModuleError, match=r"only: 'm'; not followed.*: m \(mul\)$"):
+            init_adapter(KEY, LoraConfig(target_modules=["m"]), sites)
+
+    def test_vectors_and_biases_are_none(self):
+        def scanned(params, x):
+            def block(x, layer):
+                w, b, g = layer
+                return (jnp.einsum("sd,dhk->shk", x * g[None], w) + b[None]).reshape(x.shape), None
+
+            return jax.lax.scan(block, x, params)[0]
+
+        params = (normal(3, 6, 2, 3), normal(3, 2, 3), normal(3, 6))
+        assert find_sites(scanned, params, X).strays == ()
+
+    def test_many_are_cut_short(self):
+        params = [normal(6, 6, seed=i) for i in range(10)]
+        sites = find_sites(lambda params, x: sum(x[:, None] * w[None] for w in params), params, X)
+        assert len(sites.strays) == 10
+        assert str(sites).endswith("7 (mul), ...")
+
+
 def test_integer_leaves_and_things_that_are_no_arrays_are_no_sites():
     params = {"w": normal(6, 6), "table": jnp.arange(12).reshape(6, 2), "name": "x", "none": None}
 

@@ -69,7 +69,22 @@ class Biased:
     kept: tuple[int, ...]
 
 
-Record = Seen | Used | Biased
+@dataclasses.dataclass(frozen=True)
+class Stray:
+    """Where a leaf was last known, found while roles are unknown: nothing followed it from here.
+
+    Attributes:
+      leaf: the leaf.
+      primitive: what it met.
+      axes: how many of its axes are longer than 1 there.
+    """
+
+    leaf: int
+    primitive: str
+    axes: int
+
+
+Record = Seen | Used | Biased | Stray
 
 
 @dataclasses.dataclass
@@ -122,9 +137,10 @@ def plain(trace: Trace, value: Any, eqn: Eqn | None, reason: str) -> Any:
         return value.value
     if not isinstance(value, View):
         return value
-    if value.roles is None:
-        return dense(value.base)
     primitive = eqn.primitive.name if eqn else "return"
+    if value.roles is None:
+        trace.note(eqn, Stray(value.leaf, primitive, sum(n > 1 for n in value.base.shape)))
+        return dense(value.base)
     trace.note(eqn, Used(value.leaf, primitive, False, reason))
     where = f"{trace.names[value.leaf]} meets {primitive} as {met(value)}: {reason}."
     if trace.strict:
