@@ -71,7 +71,7 @@ class Biased:
 
 @dataclasses.dataclass(frozen=True)
 class Stray:
-    """Where a leaf was last known, found while roles are unknown: nothing followed it from here.
+    """Where a leaf met what no rule follows, found while roles are unknown.
 
     Attributes:
       leaf: the leaf.
