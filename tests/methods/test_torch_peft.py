@@ -374,9 +374,10 @@ def test_orthonormal_reflections(layer):
     both = Both("HRAConfig", {"r": 4, "apply_GS": True}, layer)
     (adapter,) = both.adapters
     close(peftjax.adapt(both.apply_fn)(both.params, adapter, both.x), both.base)
-    # PEFT takes pairs of equal columns for a start, and the rounding noise of one for the other.
+    # PEFT takes pairs of equal columns for a start, and divides what rounding leaves of the second
+    # by its norm: noise of norm 1, or NaN on a processor where nothing is left.
     start = both.torch_call()[1]
-    assert np.abs(start - both.base).max() > 1e-2 * np.abs(start).max()
+    assert not np.allclose(start, both.base, rtol=1e-2, atol=1e-2)
 
     both.draw()
     (wrapped,) = both.model
