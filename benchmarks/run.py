@@ -2,8 +2,10 @@
 
     python -m benchmarks.run [--only NAME ...] [--quick] [--output DIRECTORY]
 
-A full run also puts its tables into ``benchmarks/README.md``. It wants an idle machine: times are
-ratios within the run, of functions called in turns, but two programs on one core disturb any ratio.
+A full run also puts its tables into ``benchmarks/README.md``, which has places of their own for
+directories in ``benchmarks/results``, such as one for another processor. It wants an idle machine:
+times are ratios within the run, of functions called in turns, but two programs on one core disturb
+any ratio.
 ``--quick`` computes the same on small models, for what does not depend on the machine: it fails
 where a ratio of FLOPs or bytes leaves its bound. No bound is ever on a time.
 """
@@ -25,7 +27,7 @@ from rich.markdown import Markdown
 
 from benchmarks import memory
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 Name = Literal["torch", "qwix", "limit", "growth"]
 MODULES = {
     "torch": "against_torch",
@@ -61,8 +63,8 @@ def run(
         pictures = group.plots(rows, output)
         console.print(Markdown(table))
         console.print(f"{output / name}.json", *map(str, pictures), sep="\n")
-        if not quick and output.resolve() == (HERE / "results").resolve():
-            into_readme(name, section(name, result, table, pictures))
+        if not quick and (place := place_of(name, output)):
+            into_readme(place, section(place, result, table, pictures))
         broken += group.broken(rows)
     for each in broken:
         console.print(f"[red]out of bounds[/red] {each}")
@@ -88,24 +90,42 @@ def machine() -> str:
     return f"{cores} cores, {named[1] if named else platform.processor()}"
 
 
-def section(name: str, result: dict[str, Any], table: str, pictures: list[Path]) -> str:
+def place_of(name: str, output: Path) -> str | None:
+    """Where the README shows a benchmark: ``torch`` or, of a directory in results, ``b/torch``."""
+    results, output = HERE / "results", output.resolve()
+    if not output.is_relative_to(results):
+        return None
+    return (output.relative_to(results) / name).as_posix()
+
+
+def section(place: str, result: dict[str, Any], table: str, pictures: list[Path]) -> str:
     """What the README says of a benchmark: the command, the versions, the figures."""
     packages = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-    shown = [f"![{path.stem}](results/{path.name})" for path in pictures]
-    command = f"```sh\npython -m benchmarks.run --only {name}\n```"
+    directory, _, name = place.rpartition("/")
+    shown = [
+        f"![{path.stem}]({Path('results', directory, path.name).as_posix()})" for path in pictures
+    ]
+    command = f"python -m benchmarks.run --only {name}"
+    if directory:
+        command += f" --output benchmarks/results/{directory}"
     return "\n\n".join(
-        [command, f"{packages}; {result['machine']}; {result['seconds']} s.", table, *shown]
+        [
+            f"```sh\n{command}\n```",
+            f"{packages}; {result['machine']}; {result['seconds']} s.",
+            table,
+            *shown,
+        ]
     )
 
 
-def into_readme(name: str, text: str) -> None:
+def into_readme(place: str, text: str) -> None:
     """Puts a section between its two marks."""
     readme = HERE / "README.md"
-    marked = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
+    marked = re.compile(rf"(<!-- {place} -->\n).*?(\n<!-- end of {place} -->)", re.DOTALL)
     before = readme.read_text()
     if not marked.search(before):
         raise ValueError(
-            f"{readme} has no place for it: <!-- {name} --> ... <!-- end of {name} -->"
+            f"{readme} has no place for it: <!-- {place} --> ... <!-- end of {place} -->"
         )
     readme.write_text(marked.sub(lambda found: found[1] + text + found[2], before))
 

@@ -53,9 +53,21 @@ def test_a_section_takes_the_place_of_the_last_one(tmp_path, monkeypatch):
         run.into_readme("qwix", text)
 
 
+def test_another_processor_has_a_place_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    assert run.place_of("torch", tmp_path / "elsewhere") is None
+    assert run.place_of("torch", tmp_path / "results") == "torch"
+    place = run.place_of("torch", tmp_path / "results" / "b")
+    assert place == "b/torch"
+    result = {"versions": {"jax": "1.2"}, "machine": "2 cores, one", "seconds": 3}
+    text = run.section(place, result, "", [tmp_path / "results" / "b" / "one.png"])
+    assert "benchmarks.run --only torch --output benchmarks/results/b\n" in text
+    assert text.endswith("![one](results/b/one.png)")
+
+
 def test_the_readme_has_a_place_for_every_benchmark():
     readme = (run.HERE / "README.md").read_text()
-    for name in (*run.MODULES, "quality"):
+    for name in (*run.MODULES, "amd_epyc/torch", "quality"):
         assert readme.count(f"<!-- {name} -->\n") == readme.count(f"\n<!-- end of {name} -->") == 1
 
 
