@@ -18,7 +18,7 @@ import re
 import sys
 import time
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
@@ -47,9 +47,12 @@ def run(
 ) -> int:
     """Runs benchmarks side by side in one process, and writes what they measured."""
     console = Console()
+    places = {name: None if quick else place_of(name, output) for name in only or get_args(Name)}
+    for place in filter(None, places.values()):
+        around(place)  # says before the work if the README has no place for it
     kept = memory.keep_freed()  # before a group imports JAX or torch
     broken: list[str] = []
-    for name in only or get_args(Name):
+    for name, place in places.items():
         group = importlib.import_module(f"benchmarks.{MODULES[name]}")
         console.rule(group.TITLE)
         start = time.perf_counter()
@@ -63,7 +66,7 @@ def run(
         pictures = group.plots(rows, output)
         console.print(Markdown(table))
         console.print(f"{output / name}.json", *map(str, pictures), sep="\n")
-        if not quick and (place := place_of(name, output)):
+        if place:
             into_readme(place, section(place, result, table, pictures))
         broken += group.broken(rows)
     for each in broken:
@@ -101,33 +104,29 @@ def place_of(name: str, output: Path) -> str | None:
 def section(place: str, result: dict[str, Any], table: str, pictures: list[Path]) -> str:
     """What the README says of a benchmark: the command, the versions, the figures."""
     packages = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-    directory, _, name = place.rpartition("/")
-    shown = [
-        f"![{path.stem}]({Path('results', directory, path.name).as_posix()})" for path in pictures
-    ]
-    command = f"python -m benchmarks.run --only {name}"
-    if directory:
-        command += f" --output benchmarks/results/{directory}"
-    return "\n\n".join(
-        [
-            f"```sh\n{command}\n```",
-            f"{packages}; {result['machine']}; {result['seconds']} s.",
-            table,
-            *shown,
-        ]
-    )
+    folder = PurePosixPath("results", place).parent
+    shown = [f"![{path.stem}]({folder / path.name})" for path in pictures]
+    command = f"python -m benchmarks.run --only {PurePosixPath(place).name}"
+    if folder != PurePosixPath("results"):
+        command += f" --output benchmarks/{folder}"
+    ran = f"{packages}; {result['machine']}; {result['seconds']} s."
+    return "\n\n".join([f"```sh\n{command}\n```", ran, table, *shown])
 
 
 def into_readme(place: str, text: str) -> None:
     """Puts a section between its two marks."""
-    readme = HERE / "README.md"
-    marked = re.compile(rf"(<!-- {place} -->\n).*?(\n<!-- end of {place} -->)", re.DOTALL)
-    before = readme.read_text()
-    if not marked.search(before):
-        raise ValueError(
-            f"{readme} has no place for it: <!-- {place} --> ... <!-- end of {place} -->"
-        )
-    readme.write_text(marked.sub(lambda found: found[1] + text + found[2], before))
+    before, after = around(place)
+    (HERE / "README.md").write_text(before + text + after)
+
+
+def around(place: str) -> tuple[str, str]:
+    """What the README says before and after a section; a ValueError if it has no place for it."""
+    readme, start, end = HERE / "README.md", f"<!-- {place} -->\n", f"\n<!-- end of {place} -->"
+    before, opened, rest = readme.read_text().partition(start)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise ValueError(f"{readme} has no place for it: {start.strip()} ... {end.strip()}")
+    return before + opened, closed + after
 
 
 if __name__ == "__main__":

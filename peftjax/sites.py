@@ -310,7 +310,7 @@ def find_sites(apply_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: 
     every = tuple(Leaf(path, tuple(x.shape), x.dtype) for path, x in leaves.items())
     # The first replay finds what each weight does, the second how each use will be adapted.
     records, heads = trace(dict.fromkeys(floats))
-    # Of all that an array met, the first: the last to be written here.
+    # In reverse, so that of all that an array met the first stays.
     stops = {r.leaf: r.primitive for r in reversed(records) if isinstance(r, Stray) and r.axes > 1}
     found = {i: s for i in floats if (s := _site(i, every, records, i in heads)) is not None}
     found = dict(zip(found, _named(list(found.values())), strict=True))

@@ -51,6 +51,9 @@ def test_a_section_takes_the_place_of_the_last_one(tmp_path, monkeypatch):
         assert "| a | b |\n|---|---|\n| 1 | \\g<0> |" in written
     with pytest.raises(ValueError, match="has no place for it: <!-- qwix -->"):
         run.into_readme("qwix", text)
+    with pytest.raises(ValueError, match="has no place for it: <!-- b/torch -->"):
+        run.run(only=("torch",), output=tmp_path / "results" / "b")
+    assert not (tmp_path / "results").exists(), "said after the work"
 
 
 def test_another_processor_has_a_place_of_its_own(tmp_path, monkeypatch):
@@ -66,8 +69,10 @@ def test_another_processor_has_a_place_of_its_own(tmp_path, monkeypatch):
 
 
 def test_the_readme_has_a_place_for_every_benchmark():
-    readme = (run.HERE / "README.md").read_text()
-    for name in (*run.MODULES, "amd_epyc/torch", "quality"):
+    readme, results = (run.HERE / "README.md").read_text(), run.HERE / "results"
+    elsewhere = [run.place_of(path.stem, path.parent) for path in results.glob("*/*.json")]
+    assert "amd_epyc/torch" in elsewhere
+    for name in (*run.MODULES, *elsewhere, "quality"):
         assert readme.count(f"<!-- {name} -->\n") == readme.count(f"\n<!-- end of {name} -->") == 1
 
 
